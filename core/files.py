@@ -1,0 +1,145 @@
+"""Files that are whole or absent: atomic writes, safetensors that name themselves when broken, fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WHOLE_FILE_BYTES = 64 * 2**20  # below this size a fingerprint reads every byte
+NUM_SAMPLES, SAMPLE_BYTES = 64, 64 * 2**10
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the name `path` when the block ends, and vanishes if it fails.
+
+    The temporary name keeps the suffix, for writers that choose a format by it. The rename is atomic because both names
+    are in one folder; the data is flushed to the disk first, so that a crash leaves the old file or the new one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; a result has the rights of any new file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path` that takes its name when the block ends; an old one is replaced."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            path.replace(replaced / path.name)
+            temporary.replace(path)
+            shutil.rmtree(replaced)
+        else:
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata to `path`, atomically. Tensors are made contiguous and copied to the CPU."""
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(ready, temporary, metadata=dict(metadata))
+
+
+def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file.
+
+    Raises:
+        InputError: the file is missing, truncated, or not a safetensors file.
+    """
+    with _open_safetensors(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def read_safetensors_metadata(path: Path | str) -> dict[str, str]:
+    """The metadata alone, without reading tensors and without torch. Raises InputError as `read_safetensors` does."""
+    with _open_safetensors(path, framework="numpy") as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _open_safetensors(path: Path | str, framework: str) -> Iterator:
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: expected a safetensors file, found {'a folder' if path.is_dir() else 'nothing'}")
+    try:
+        file = safe_open(path, framework=framework)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: expected a whole safetensors file, found {path.stat().st_size} bytes that cannot be read as one "
+            f"({error}); write or download it again"
+        ) from None
+    with file as opened:
+        yield opened
+
+
+def fingerprint(path: Path | str) -> str:
+    """What identifies the content of a file: "sha256:" and 16 hexadecimal digits.
+
+    Files below 64 MiB are read whole. Of larger ones the size, the first and last MiB and 64 evenly spaced samples of
+    64 KiB are read: 6 MiB of a 28 GB checkpoint, which tells any two trained checkpoints apart in milliseconds. A folder's
+    fingerprint covers the names and fingerprints of its files. Dates and the path itself do not count.
+
+    Raises:
+        InputError: nothing is there.
+    """
+    path = Path(path)
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{file.relative_to(path)} {fingerprint(file)}\n".encode())
+        return f"sha256:{digest.hexdigest()[:16]}"
+    if not path.is_file():
+        raise InputError(f"{path}: expected a file, found nothing")
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with open(path, "rb") as file:
+        if size < WHOLE_FILE_BYTES:
+            digest.update(file.read())
+        else:
+            digest.update(file.read(2**20))
+            for index in range(NUM_SAMPLES):
+                file.seek(size * index // NUM_SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+            file.seek(-(2**20), os.SEEK_END)
+            digest.update(file.read())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def text_hash(text: str) -> str:
+    """What identifies a text: "sha256:" and 16 hexadecimal digits."""
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
