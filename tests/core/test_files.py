@@ -1,0 +1,85 @@
+"""Laws of files: whole or absent, and identified by their content."""
+
+import pytest
+import torch
+
+from core.errors import InputError
+from core.files import (
+    atomic_folder,
+    atomic_path,
+    fingerprint,
+    read_safetensors,
+    read_safetensors_metadata,
+    save_safetensors,
+)
+
+
+def test_atomic_path_keeps_the_old_file_when_writing_fails(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_atomic_path_appears_only_when_complete(tmp_path):
+    target = tmp_path / "deep" / "a.bin"
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(b"x")
+        assert not target.exists()
+        assert temporary.suffix == ".bin"
+    assert target.read_bytes() == b"x"
+
+
+def test_atomic_folder_replaces_as_a_whole(tmp_path):
+    for content in ("one", "two"):
+        with atomic_folder(tmp_path / "state") as folder:
+            (folder / content).write_text(content)
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["two"]
+    with pytest.raises(RuntimeError):
+        with atomic_folder(tmp_path / "state") as folder:
+            (folder / "three").write_text("three")
+            raise RuntimeError
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_safetensors_round_trip(tmp_path):
+    tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}
+    save_safetensors(tensors, tmp_path / "x.safetensors", {"k": "v"})
+    back, metadata = read_safetensors(tmp_path / "x.safetensors")
+    assert metadata == read_safetensors_metadata(tmp_path / "x.safetensors") == {"k": "v"}
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, -1])
+def test_truncated_safetensors_name_the_file(tmp_path, keep):
+    path = tmp_path / "x.safetensors"
+    save_safetensors({"a": torch.zeros(100)}, path, {})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="x.safetensors"):
+        read_safetensors(path)
+
+
+def test_fingerprint_depends_on_content_alone(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"same")
+    two.write_bytes(b"same")
+    assert fingerprint(one) == fingerprint(two)
+    two.write_bytes(b"Same")
+    assert fingerprint(one) != fingerprint(two)
+
+
+def test_fingerprint_of_a_large_file_sees_its_ends(tmp_path):
+    path = tmp_path / "large"
+    with open(path, "wb") as file:
+        file.truncate(70 * 2**20)
+    before = fingerprint(path)
+    with open(path, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert fingerprint(path) != before
