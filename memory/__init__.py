@@ -1,0 +1,1 @@
+"""How frozen weights and activations live in memory."""
