@@ -1,4 +1,4 @@
-"""The one form of a camera path: poses, intrinsics and frame size, and what resizing, cropping and sampling do to them."""
+"""The one form of a camera path: poses and intrinsics, and what resizing, cropping and sampling frames do to them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from camera.rays import scale_intrinsics
 from core.errors import InputError
 
 PoseFrame = Literal["scene", "first"]
@@ -28,8 +29,8 @@ class CameraPath:
         height: pixels.
         width: pixels.
         fps: frames per second; None where no clock belongs to the path.
-        pose_frame: "scene": coordinates as given, of one captured place; "first": relative to the first frame, whose pose
-            is then the identity.
+        pose_frame: "scene": coordinates as given, of one captured place; "first": relative to the first frame, whose
+            pose is then the identity.
         scale_rule: how translations were scaled; "none" means that they are as given.
 
     Raises:
@@ -117,12 +118,12 @@ class CameraPath:
         return sampled.relative_to_first() if self.pose_frame == "first" else sampled
 
     def cropped(
-        self, *, resized_height: int, resized_width: int, top: int, left: int, height: int, width: int
+        self, *, resized_height: float, resized_width: float, top: float, left: float, height: int, width: int
     ) -> CameraPath:
         """The path of the frames after a resize to resized_* and then a crop, as the pixels were treated.
 
         Args:
-            resized_height: pixels of the whole frame after the resize.
+            resized_height: pixels of the whole frame after the resize; need not be a whole number.
             resized_width: pixels of the whole frame after the resize.
             top: rows cut off above.
             left: columns cut off on the left.
@@ -132,13 +133,13 @@ class CameraPath:
         Returns:
             The same poses with the intrinsics of the processed frame.
         """
-        if not (0 <= top and top + height <= resized_height and 0 <= left and left + width <= resized_width):
+        beyond = max(-top, -left, top + height - resized_height, left + width - resized_width)
+        if beyond > 1e-6:  # pixels; room for rounding where the resized size is not whole
             raise ValueError(
-                f"crop of {height}x{width} at top {top}, left {left} leaves the frame of {resized_height}x{resized_width}"
+                f"a crop of {height}x{width} at top {top}, left {left} leaves the {resized_height}x{resized_width} frame"
             )
-        K = scale_intrinsics(
-            self.K, from_size=(self.height, self.width), to_size=(resized_height, resized_width)
-        )  # [T, 3, 3]
+        source, resized = (self.height, self.width), (resized_height, resized_width)
+        K = scale_intrinsics(self.K, from_size=source, to_size=resized)  # [T, 3, 3]
         K[:, 0, 2] -= left
         K[:, 1, 2] -= top
         return replace(self, K=K, height=height, width=width)
@@ -186,23 +187,6 @@ def intrinsics_from_fov(fov_degrees: Tensor, *, height: int, width: int, axis: F
     return K
 
 
-def scale_intrinsics(K: Tensor, *, from_size: tuple[int, int], to_size: tuple[int, int]) -> Tensor:
-    """Intrinsics after the frame is resized.
-
-    Args:
-        K: intrinsics in pixels of a frame of from_size, [..., 3, 3].
-        from_size: (height, width).
-        to_size: (height, width).
-
-    Returns:
-        Intrinsics in pixels of a frame of to_size, [..., 3, 3]. With pixel centres at +0.5 a resize is a plain scaling.
-    """
-    scaled = K.clone()
-    scaled[..., 0, :] *= to_size[1] / from_size[1]
-    scaled[..., 1, :] *= to_size[0] / from_size[0]
-    return scaled
-
-
 def inverse_poses(poses: Tensor) -> Tensor:
     """Inverse of rigid transforms, [..., 4, 4] -> [..., 4, 4]: c2w from w2c and back."""
     rotation = poses[..., :3, :3].mT
@@ -214,7 +198,7 @@ def inverse_poses(poses: Tensor) -> Tensor:
 
 
 def rotation_error(matrices: Tensor) -> Tensor:
-    """How far 3x3 matrices are from rotations: largest entry of |R R^T - 1|, infinite for a mirror, [..., 3, 3] -> [...]."""
+    """Largest entry of |R R^T - 1|, infinite for a mirror: 0 where a 3x3 matrix is a rotation, [..., 3, 3] -> [...]."""
     identity = torch.eye(3, dtype=matrices.dtype, device=matrices.device)
     error = (matrices @ matrices.mT - identity).abs().amax((-1, -2))
     return error.where(torch.linalg.det(matrices) > 0, torch.inf)

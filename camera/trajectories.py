@@ -1,7 +1,8 @@
-"""Camera motions: a smooth random path inside a box, and moves named as cinematographers name them (a pan rotates, a truck moves).
+"""Camera motions: a smooth random path inside a box, and moves named as cinematographers name them.
 
-World axes are those of an OpenCV camera that stands level: x right, y down, z forward. Yaw is positive to the right, pitch is
-positive upwards. Every move starts at `start` and goes at constant speed.
+A pan turns the camera, a truck moves it sideways. World axes are those of an OpenCV camera that stands level: x right,
+y down, z forward. Yaw is positive to the right, pitch is positive upwards. Every move starts at `start` and goes at
+constant speed.
 """
 
 from __future__ import annotations
