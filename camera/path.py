@@ -136,7 +136,7 @@ class CameraPath:
         beyond = max(-top, -left, top + height - resized_height, left + width - resized_width)
         if beyond > 1e-6:  # pixels; room for rounding where the resized size is not whole
             raise ValueError(
-                f"a crop of {height}x{width} at top {top}, left {left} leaves the {resized_height}x{resized_width} frame"
+                f"crop of {height}x{width} at top {top}, left {left} leaves the {resized_height}x{resized_width} frame"
             )
         source, resized = (self.height, self.width), (resized_height, resized_width)
         K = scale_intrinsics(self.K, from_size=source, to_size=resized)  # [T, 3, 3]
