@@ -15,6 +15,15 @@ Expert = Literal["high", "low"]
 ImageConditioning = Literal["none", "channels", "first_frame"]
 
 
+# What Wan is guided away from unless the user says otherwise; the models were tuned with it.
+# Source: Wan-Video/Wan2.2 `wan/configs/shared_config.py` (sample_neg_prompt).
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
     """Shape of one diffusion transformer."""
@@ -111,6 +120,9 @@ class WanVariant:
     guidance_scale_high_noise: float | None = None
     fps: int
     num_frames: int
+    height: int = 480
+    width: int = 832
+    negative_prompt: str = NEGATIVE_PROMPT
     image_conditioning: ImageConditioning = "none"
     """How a first frame enters: not at all, as 20 condition channels, or as clean latents at timestep 0 (TI2V)."""
 
@@ -165,6 +177,7 @@ VARIANTS: dict[str, WanVariant] = {variant.name: variant for variant in (
         name="ti2v-5B",
         dit=DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
         vae=VAE_2_2, text_encoder=UMT5_XXL, shift=5.0, steps=50, guidance_scale=5.0, fps=24, num_frames=121,
+        height=704, width=1280,
         image_conditioning="first_frame"),
     # Wan2.1
     WanVariant(
@@ -184,7 +197,8 @@ VARIANTS: dict[str, WanVariant] = {variant.name: variant for variant in (
             temporal_downsample=(False, True, True), patch_size=None, is_residual=False, stride=(4, 8, 8),
             latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),
         text_encoder=TextEncoderConfig(vocab_size=512, dim=64, head_dim=16, ffn_dim=160, num_layers=2, num_heads=4),
-        boundary=0.875, shift=5.0, steps=20, guidance_scale=3.0, guidance_scale_high_noise=3.0, fps=8, num_frames=17),
+        boundary=0.875, shift=5.0, steps=20, guidance_scale=3.0, guidance_scale_high_noise=3.0, fps=8, num_frames=17,
+        height=64, width=96, negative_prompt=""),
 )}
 # fmt: on
 
