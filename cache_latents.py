@@ -1,0 +1,104 @@
+"""Step 1: encode every clip of a dataset config into VAE latents.
+
+    python cache_latents.py --dataset_config x.toml
+    python cache_latents.py --dataset_config x.toml --task t2v-A14B --vae Wan2.1_VAE.pth --skip_existing
+
+One safetensors file per clip, named in the clip's cache directory, with what it was made from written inside.
+For image-to-video tasks the first frame's condition (and CLIP features, Wan2.1) is encoded with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from core.options import parse_options, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    dataset_config: Path
+    """Dataset TOML; its [model] table may name the task and the model's files."""
+    task: str | None = None
+    """t2v-A14B, i2v-A14B, ti2v-5B, t2v-1.3B, t2v-14B, i2v-14B, t2i-14B or tiny."""
+    ckpt_dir: Path | None = None
+    """Folder in the layout that Wan's authors publish."""
+    vae: Path | None = None
+    """VAE checkpoint (.pth or .safetensors)."""
+    clip: Path | None = None
+    """CLIP checkpoint; Wan2.1 I2V only."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the encoder. float32 is what the official code uses."""
+    device: str | None = None
+    """Default: cuda where there is one, else cpu."""
+    skip_existing: bool = False
+    """Leave caches alone that are current: same clip, same crop, same encoder."""
+
+
+if __name__ == "__main__":
+    OPTIONS = parse_options(Options, __doc__)
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from core.files import fingerprint
+from core.model_files import resolve_model
+from dataset import cache
+from dataset.clips import list_clips
+from dataset.config import read_dataset_config
+from dataset.video import read_clip
+from wan_ext.condition import first_frame_condition, first_frame_video
+from wan_ext.configs import get_variant
+from wan_ext.image_encoder import load_image_encoder
+from wan_ext.vae import load_vae
+
+
+def main(options: Options) -> None:
+    config = read_dataset_config(options.dataset_config)
+    flags = {"task": options.task, "ckpt_dir": options.ckpt_dir, "vae": options.vae, "clip": options.clip}
+    files = resolve_model(flags, table=config.model, table_source=options.dataset_config, needs=("vae",))
+    variant = get_variant(files.task)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    clips = list_clips(config, spatial_stride=variant.spatial_stride, temporal_stride=variant.vae.stride[0])
+
+    encoder = fingerprint(files.vae)
+    todo = [c for c in clips if not (options.skip_existing and cache.latents_are_current(c, encoder=encoder))]
+    print(f"{len(clips)} clips, {len(clips) - len(todo)} already cached")
+    if not todo:
+        return
+
+    vae = load_vae(files.vae, variant.vae, dtype=getattr(torch, options.vae_dtype), device=device)
+    clip_encoder = None
+    if variant.image_encoder is not None:
+        files = resolve_model(flags, table=config.model, table_source=options.dataset_config, needs=("vae", "clip"))
+        clip_encoder = load_image_encoder(files.clip, variant.image_encoder, device=device)
+
+    for clip in tqdm(todo, desc="latents", unit="clip"):
+        frames, crop = read_clip(clip)  # uint8 [T, H, W, 3]
+        video = to_video(frames).to(device)  # [1, 3, T, H, W]
+        condition = image_context = None
+        if variant.image_conditioning == "channels":
+            known = first_frame_video(video[0, :, 0], video.shape[2])  # [3, T, H, W]
+            condition = first_frame_condition(vae.encode(known[None])[0]).cpu()  # [20, F, h, w]
+        if clip_encoder is not None:
+            image_context = clip_encoder.encode(video[:, :, 0])[0].cpu()  # [257, 1280]
+        cache.write_latents(
+            clip,
+            vae.encode(video)[0].cpu(),  # [C, F, h, w]
+            condition=condition,
+            image_context=image_context,
+            encoder=encoder,
+            crop=crop,
+        )
+
+
+def to_video(frames: Tensor) -> Tensor:
+    """uint8 [T, H, W, 3] -> float32 in [-1, 1] [1, 3, T, H, W]."""
+    return rearrange(frames.float() / 127.5 - 1, "t h w c -> 1 c t h w")
+
+
+if __name__ == "__main__":
+    run(main, OPTIONS)

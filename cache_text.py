@@ -1,0 +1,95 @@
+"""Step 2: encode every caption of a dataset config with umT5.
+
+    python cache_text.py --dataset_config x.toml
+    python cache_text.py --dataset_config x.toml --task t2v-A14B --t5 models_t5_umt5-xxl-enc-bf16.pth --fp8_t5
+
+One safetensors file per clip with the features of its caption, cut to the caption's length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.options import parse_options, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    dataset_config: Path
+    """Dataset TOML; its [model] table may name the task and the model's files."""
+    task: str | None = None
+    """t2v-A14B, i2v-A14B, ti2v-5B, t2v-1.3B, t2v-14B, i2v-14B, t2i-14B or tiny."""
+    ckpt_dir: Path | None = None
+    """Folder in the layout that Wan's authors publish."""
+    t5: Path | None = None
+    """umT5 encoder checkpoint (.pth or .safetensors)."""
+    tokenizer: Path | None = None
+    """spiece.model, tokenizer.json or their folder. Default: google/umt5-xxl beside the checkpoint, or inside it."""
+    t5_cpu: bool = False
+    """Run the text encoder on the CPU."""
+    fp8_t5: bool = False
+    """Keep the encoder's linear weights in 8 bits: 6 GB instead of 11 GB for umT5-XXL."""
+    batch_size: int = 8
+    """Captions encoded at once."""
+    device: str | None = None
+    """Default: cuda where there is one, else cpu."""
+    skip_existing: bool = False
+    """Leave caches alone that are current: same caption, same encoder."""
+
+
+if __name__ == "__main__":
+    OPTIONS = parse_options(Options, __doc__)
+
+import torch
+from tqdm import tqdm
+
+from core.files import fingerprint
+from core.model_files import resolve_model
+from dataset import cache
+from dataset.clips import list_clips
+from dataset.config import read_dataset_config
+from wan_ext.configs import get_variant
+from wan_ext.text_encoder import load_text_encoder
+
+
+def main(options: Options) -> None:
+    config = read_dataset_config(options.dataset_config)
+    flags = {
+        "task": options.task,
+        "ckpt_dir": options.ckpt_dir,
+        "t5": options.t5,
+        "tokenizer": options.tokenizer,
+    }
+    files = resolve_model(flags, table=config.model, table_source=options.dataset_config, needs=("t5",))
+    variant = get_variant(files.task)
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cpu" if options.t5_cpu else options.device or gpu)
+    clips = list_clips(config, spatial_stride=variant.spatial_stride, temporal_stride=variant.vae.stride[0])
+
+    encoder = fingerprint(files.t5)
+    todo = [c for c in clips if not (options.skip_existing and cache.text_is_current(c, encoder=encoder))]
+    print(f"{len(clips)} captions, {len(clips) - len(todo)} already cached")
+    if not todo:
+        return
+
+    text_encoder = load_text_encoder(
+        files.t5,
+        variant.text_encoder,
+        tokenizer=files.tokenizer,
+        text_len=variant.dit.text_len,
+        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+        device=device,
+        quantize=options.fp8_t5,
+    )
+    with tqdm(total=len(todo), desc="text", unit="caption") as progress:
+        for start in range(0, len(todo), options.batch_size):
+            batch = todo[start : start + options.batch_size]
+            contexts = text_encoder.encode([clip.caption for clip in batch])  # each [S, D]
+            for clip, context in zip(batch, contexts, strict=True):
+                cache.write_text(clip, context.cpu(), encoder=encoder)
+                progress.update()
+
+
+if __name__ == "__main__":
+    run(main, OPTIONS)
