@@ -89,6 +89,18 @@ def read_safetensors_metadata(path: Path | str) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def read_safetensors_header(path: Path | str) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
+    """Dtype name ("F32", "BF16", ...) and shape of every tensor, and the metadata, without reading tensors or torch.
+
+    A truncated file is found here already: its size differs from what the header says. Raises InputError as
+    `read_safetensors` does.
+    """
+    with _open_safetensors(path, framework="numpy") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        tensors = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
+        return tensors, file.metadata() or {}
+
+
 @contextmanager
 def _open_safetensors(path: Path | str, framework: str) -> Iterator:
     from safetensors import SafetensorError, safe_open
@@ -111,7 +123,7 @@ def fingerprint(path: Path | str) -> str:
     """What identifies the content of a file: "sha256:" and 16 hexadecimal digits.
 
     Files below 64 MiB are read whole. Of larger ones the size, the first and last MiB and 64 evenly spaced samples of
-    64 KiB are read: 6 MiB of a 28 GB checkpoint, which tells any two trained checkpoints apart in milliseconds. A folder's
+    64 KiB are read: 6 MiB of a 28 GB checkpoint, which tells two trained checkpoints apart in milliseconds. A folder's
     fingerprint covers the names and fingerprints of its files. Dates and the path itself do not count.
 
     Raises:

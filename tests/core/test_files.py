@@ -9,6 +9,7 @@ from core.files import (
     atomic_path,
     fingerprint,
     read_safetensors,
+    read_safetensors_header,
     read_safetensors_metadata,
     save_safetensors,
 )
@@ -56,13 +57,19 @@ def test_safetensors_round_trip(tmp_path):
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
+def test_the_header_tells_dtypes_and_shapes(tmp_path):
+    save_safetensors({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "x", {"k": "v"})
+    assert read_safetensors_header(tmp_path / "x") == ({"a": ("F32", (2, 3)), "b": ("BF16", (4,))}, {"k": "v"})
+
+
 @pytest.mark.parametrize("keep", [0, 5, 60, -1])
-def test_truncated_safetensors_name_the_file(tmp_path, keep):
+@pytest.mark.parametrize("read", [read_safetensors, read_safetensors_header])
+def test_truncated_safetensors_name_the_file(tmp_path, keep, read):
     path = tmp_path / "x.safetensors"
     save_safetensors({"a": torch.zeros(100)}, path, {})
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match="x.safetensors"):
-        read_safetensors(path)
+        read(path)
 
 
 def test_fingerprint_depends_on_content_alone(tmp_path):
