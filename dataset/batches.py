@@ -1,0 +1,189 @@
+"""Batches from caches: which clips go together in which order, and the tensors of one batch.
+
+The order is a function of (seed, epoch, rank, world_size) alone. A run that resumes in the middle of an epoch computes
+the same list and starts further down in it; nothing about the order is stored.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.errors import InputError
+from core.randomness import seed_of
+from dataset import cache
+from dataset.clips import Clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Clips of one size, ready for the model. B clips of T frames."""
+
+    keys: tuple[str, ...]
+    latents: Tensor  # [B, C, F, H, W] float32
+    context: Tensor  # [B, S, D] bfloat16, zero-padded to the longest caption of the batch
+    c2w: Tensor | None  # [B, T, 4, 4] float64
+    K: Tensor | None  # [B, T, 3, 3] float64, in pixels of height x width
+    height: int  # of the video frames
+    width: int
+    condition: Tensor | None  # [B, Cc, F, H, W] float32
+    image_context: Tensor | None  # [B, tokens, width] float32
+
+
+class TrainingSet:
+    """The clips of a config with all their caches, verified on construction and read one batch at a time.
+
+    Args:
+        clips: from `list_clips`.
+        need_camera: whether every clip must have a camera cache, and batches have c2w and K.
+        vae: fingerprint that every latent cache must name as its encoder; None: any, but one and the same for all.
+        text_encoder: the same for text caches.
+        latent_channels: C that the model takes; None: any.
+        context_width: D that the model takes; None: any.
+        condition: whether the model needs the first-frame channels.
+        image_context: whether the model needs CLIP features.
+
+    Raises:
+        InputError: a cache is missing, damaged or not current, or the data sets do not go together; the message names
+            the first such clip, says how many there are, and which command to run.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        *,
+        need_camera: bool,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        latent_channels: int | None = None,
+        context_width: int | None = None,
+        condition: bool = False,
+        image_context: bool = False,
+    ) -> None:
+        self.clips = tuple(clips)
+        self.need_camera, self.condition, self.image_context = need_camera, condition, image_context
+        self.pose_frame = _common_pose_frame(self.clips) if need_camera else None
+        self.vae = vae or cache.cached_encoder(self.clips[0], "latents")
+        self.text_encoder = text_encoder or cache.cached_encoder(self.clips[0], "text")
+        flaws = [flaw for clip in self.clips if (flaw := self._flaw(clip, latent_channels, context_width))]
+        if flaws:
+            raise InputError(flaws[0] + (f" ({len(flaws)} of {len(self.clips)} clips)" if len(flaws) > 1 else ""))
+
+    def batches(self, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, ...]]:
+        """The batches of one process in one epoch, as positions in `clips`.
+
+        Within an epoch each clip stands num_repeats times in the batches of all processes together, and a batch holds
+        clips of one data set and one size, batch_size of them or, at the end of a size, fewer. All processes get
+        equally many batches, as their gradients are averaged step by step: where the number of batches does not
+        divide by world_size, the first ones of the epoch's order are given a second time, at most world_size - 1.
+
+        Args:
+            seed: of the run.
+            epoch: from 0.
+            rank: this process, 0 <= rank < world_size.
+            world_size: number of processes.
+
+        Returns:
+            Groups of positions, in the order to train them.
+        """
+        groups = self._groups(seed, epoch)
+        missing = -len(groups) % world_size
+        groups += [groups[number % len(groups)] for number in range(missing)]
+        return groups[rank::world_size]
+
+    def load(self, group: Sequence[int]) -> Batch:
+        """Read the caches of one group from `batches`.
+
+        Raises:
+            InputError: a cache has been damaged or exchanged since it was verified, or holds a NaN or an infinity.
+        """
+        clips = [self.clips[index] for index in group]
+        videos = [
+            cache.read_latents(
+                clip,
+                encoder=self.vae,
+                condition=self.condition,
+                image_context=self.image_context,
+                check_source=False,
+            )
+            for clip in clips
+        ]
+        paths = [cache.read_camera(clip, check_source=False) for clip in clips] if self.need_camera else []
+        contexts = [cache.read_text(clip, encoder=self.text_encoder) for clip in clips]
+        return Batch(
+            keys=tuple(clip.key for clip in clips),
+            latents=torch.stack([video.latents for video in videos]),  # [B, C, F, H, W]
+            context=torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True),  # [B, S, D]
+            c2w=torch.stack([path.c2w for path in paths]) if paths else None,  # [B, T, 4, 4]
+            K=torch.stack([path.K for path in paths]) if paths else None,  # [B, T, 3, 3]
+            height=clips[0].height,
+            width=clips[0].width,
+            condition=_stacked([video.condition for video in videos]),
+            image_context=_stacked([video.image_context for video in videos]),
+        )
+
+    def _groups(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
+        """All batches of an epoch, in the order that the processes share out."""
+        generator = random.Random(seed_of(seed, "batches", epoch))
+        buckets: dict[tuple[int, ...], list[int]] = {}
+        for index, clip in enumerate(self.clips):
+            bucket = buckets.setdefault((clip.dataset, clip.num_frames, clip.height, clip.width), [])
+            bucket += [index] * clip.num_repeats
+        groups = []
+        for bucket in buckets.values():
+            generator.shuffle(bucket)
+            size = self.clips[bucket[0]].batch_size
+            groups += [tuple(bucket[start : start + size]) for start in range(0, len(bucket), size)]
+        generator.shuffle(groups)
+        return groups
+
+    def _flaw(self, clip: Clip, latent_channels: int | None, context_width: int | None) -> str | None:
+        """The first reason why a clip cannot be trained on."""
+        flaw = cache.problem(
+            clip, "latents", encoder=self.vae, condition=self.condition, image_context=self.image_context
+        ) or cache.problem(clip, "text", encoder=self.text_encoder)
+        if flaw is None and self.need_camera:
+            flaw = cache.problem(clip, "camera")
+        if flaw is not None:
+            return flaw
+        channels = cache.cached_shape(clip, "latents", "latents")[0]
+        width = cache.cached_shape(clip, "text", "context")[1]
+        if latent_channels not in (None, channels):
+            return (
+                f"{clip.key}: {clip.latent_cache}: another VAE: expected latents of {latent_channels} channels for "
+                f"this task, found {channels}; re-run cache_latents.py with the VAE of the task"
+            )
+        if context_width not in (None, width):
+            return (
+                f"{clip.key}: {clip.text_cache}: another text encoder: expected features of width {context_width} for "
+                f"this task, found {width}; re-run cache_text.py with the text encoder of the task"
+            )
+        return None
+
+
+def _common_pose_frame(clips: Sequence[Clip]) -> str:
+    """The pose frame of all clips."""
+    found: dict[str, Clip] = {}
+    for clip in clips:
+        if clip.camera is None:
+            raise InputError(
+                f"{clip.key}: expected a camera, because the network takes one, found none in the TOML; name "
+                f"camera_directory (videos) or camera_params (frames) in its [[datasets]] table"
+            )
+        found.setdefault(clip.camera.settings.pose_frame, clip)
+    if len(found) > 1:
+        examples = " and ".join(f'"{pose_frame}" ({clip.key})' for pose_frame, clip in sorted(found.items()))
+        raise InputError(
+            f"pose_frame: expected one for all data sets, found {examples}; set the same in every [[datasets]] table "
+            f"and re-run cache_camera.py"
+        )
+    return next(iter(found))
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None

@@ -1,0 +1,384 @@
+"""The caches of a clip: what stands in each file, where it came from, and every reason not to trust it.
+
+Three safetensors files belong to a clip (named in dataset/clips.py). Tensors and their dtypes:
+
+    latents   `latents` [C, F, H, W] float32, normalised; for image-to-video `condition` [Cc, F, H, W] float32 (mask and
+              first-frame latents); with a CLIP branch `image_context` [tokens, width] float32
+    text      `context` [S, D] bfloat16, the caption's true length S, without padding
+    camera    `c2w` [T, 4, 4] float64 and `K` [T, 3, 3] float64, of the frames as they are encoded
+
+The metadata of a file is its provenance: fingerprints of the source and of the encoder, the frames taken, the resize
+and crop, the caption's hash, how the camera was read. A cache is current when every entry equals what the TOML and the
+files ask for today. Files are written under a temporary name and renamed, so a killed command leaves whole caches only.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from camera.path import CameraPath
+from core.errors import InputError
+from core.files import fingerprint, read_safetensors, read_safetensors_header, save_safetensors, text_hash
+from dataset.buckets import Crop
+from dataset.clips import Clip
+from dataset.video import list_frames
+
+VERSION = "1"  # of the schema above; a change of keys, shapes, dtypes or provenance raises it
+
+Kind = Literal["latents", "text", "camera"]
+COMMANDS: dict[Kind, str] = {"latents": "cache_latents.py", "text": "cache_text.py", "camera": "cache_camera.py"}
+DTYPES: dict[Kind, dict[str, str]] = {
+    "latents": {"latents": "F32", "condition": "F32", "image_context": "F32"},
+    "text": {"context": "BF16"},
+    "camera": {"c2w": "F64", "K": "F64"},
+}
+OPTIONAL = ("condition", "image_context")
+LABELS = {  # what a differing entry of the metadata means to a person
+    "kind": "another kind of cache",
+    "version": "another version of the cache format",
+    "source_fingerprint": "the source file has changed",
+    "frame_indices": "other frames",
+    "crop": "another resolution",
+    "caption_hash": "another caption",
+    "camera_fingerprint": "the camera file has changed",
+    "camera_format": "another camera format",
+    "fov_axis": "another axis of the field of view",
+    "pose_frame": "another pose frame",
+    "fps": "another frame rate",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """What a latent cache holds."""
+
+    latents: Tensor  # [C, F, H, W] float32
+    condition: Tensor | None  # [Cc, F, H, W] float32
+    image_context: Tensor | None  # [tokens, width] float32
+
+
+def cache_path(clip: Clip, kind: Kind) -> Path:
+    """The file of one kind of cache."""
+    return {"latents": clip.latent_cache, "text": clip.text_cache, "camera": clip.camera_cache}[kind]
+
+
+def source_fingerprint(clip: Clip) -> str:
+    """What identifies the pixels of a clip's source. Of a folder only the frames count, not what else lies in it."""
+    if not clip.source.is_dir():
+        return _file_fingerprint(clip.source)
+    digest = hashlib.sha256()
+    for file in list_frames(clip.source):
+        digest.update(f"{file.name} {_file_fingerprint(file)}\n".encode())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def write_latents(
+    clip: Clip,
+    latents: Tensor,
+    *,
+    encoder: str,
+    crop: Crop,
+    condition: Tensor | None = None,
+    image_context: Tensor | None = None,
+) -> None:
+    """Write the latent cache of a clip.
+
+    Args:
+        clip: from `list_clips`.
+        latents: normalised, [C, F, H, W].
+        encoder: fingerprint of the VAE's file.
+        crop: what `read_clip` applied.
+        condition: image-to-video channels, [Cc, F, H, W].
+        image_context: CLIP features of the first frame, [tokens, width].
+
+    Raises:
+        InputError: a NaN or an infinity in a tensor; the message names the clip.
+    """
+    tensors = {"latents": latents, "condition": condition, "image_context": image_context}
+    metadata = {**_latents_provenance(clip, encoder, crop), "source": str(clip.source)}
+    _write(clip, "latents", {k: v.float() for k, v in tensors.items() if v is not None}, metadata)
+
+
+def write_text(clip: Clip, context: Tensor, *, encoder: str) -> None:
+    """Write the text cache of a clip: its caption's features [S, D]. Clips of one source and caption share the file.
+
+    Raises:
+        InputError: a NaN or an infinity; the message names the clip.
+    """
+    metadata = {**_text_provenance(clip, encoder), "caption": clip.caption}
+    _write(clip, "text", {"context": context.to(torch.bfloat16)}, metadata)
+
+
+def write_camera(clip: Clip, path: CameraPath) -> None:
+    """Write the camera cache of a clip: the path that `read_clip_camera` gave."""
+    metadata = {
+        **_camera_provenance(clip),
+        "source": str(clip.camera.path if clip.camera else None),
+        "pose_frame": path.pose_frame,
+        "scale_rule": path.scale_rule,
+        "height": str(path.height),
+        "width": str(path.width),
+        "fps": json.dumps(path.fps),
+    }
+    _write(clip, "camera", {"c2w": path.c2w, "K": path.K}, metadata)
+
+
+def problem(
+    clip: Clip,
+    kind: Kind,
+    *,
+    encoder: str | None = None,
+    condition: bool = False,
+    image_context: bool = False,
+    check_source: bool = True,
+) -> str | None:
+    """Why a cache cannot be used, from its header alone; None when it is current.
+
+    Args:
+        clip: from `list_clips`.
+        kind: which of its caches.
+        encoder: fingerprint of the VAE or text encoder that must have written it; None accepts any.
+        condition: whether the model needs the first-frame channels.
+        image_context: whether the model needs CLIP features.
+        check_source: compare the source's content as well; False only where that has been done already.
+
+    Returns:
+        One line: the clip, the file, what was expected, what was found, and which command mends it.
+    """
+    file = cache_path(clip, kind)
+    advice = f"re-run {COMMANDS[kind]} with the same dataset TOML"
+    if not file.is_file():
+        return f"{clip.key}: expected its {kind} cache {file}, found nothing; {advice}"
+    try:
+        tensors, metadata = read_safetensors_header(file)
+    except InputError as error:
+        return f"{clip.key}: {error}; {advice}"
+    if kind == "latents":
+        expected = _latents_provenance(clip, encoder, clip.crop, check_source=check_source)
+    elif kind == "text":
+        expected = _text_provenance(clip, encoder)
+    else:
+        expected = _camera_provenance(clip, check_source=check_source)
+    for name, value in expected.items():
+        if metadata.get(name) != value:
+            label = (
+                LABELS[name] if name != "encoder" else "another VAE" if kind == "latents" else "another text encoder"
+            )
+            found = _shown(name, metadata.get(name))
+            return f"{clip.key}: {file}: {label}: expected {_shown(name, value)}, found {found}; {advice}"
+    flaw = _layout_flaw(clip, kind, tensors)
+    if flaw is None and condition and "condition" not in tensors:
+        flaw = "expected first-frame channels for an image-to-video model, found none"
+    if flaw is None and image_context and "image_context" not in tensors:
+        flaw = "expected CLIP features for a model with an image branch, found none"
+    return flaw and f"{clip.key}: {file}: {flaw}; {advice}"
+
+
+def is_current(
+    clip: Clip, kind: Kind, *, encoder: str | None = None, condition: bool = False, image_context: bool = False
+) -> bool:
+    """Whether writing a cache again would change nothing: what --skip_existing asks. Arguments as of `problem`."""
+    return problem(clip, kind, encoder=encoder, condition=condition, image_context=image_context) is None
+
+
+def read_latents(
+    clip: Clip,
+    *,
+    encoder: str | None = None,
+    condition: bool = False,
+    image_context: bool = False,
+    check_source: bool = True,
+) -> Latents:
+    """Read the latent cache of a clip. Arguments as of `problem`.
+
+    Raises:
+        InputError: the cache is missing, damaged, not current, or holds a NaN or an infinity.
+    """
+    tensors = _read(
+        clip,
+        "latents",
+        problem(
+            clip,
+            "latents",
+            encoder=encoder,
+            condition=condition,
+            image_context=image_context,
+            check_source=check_source,
+        ),
+    )
+    return Latents(
+        latents=tensors["latents"],
+        condition=tensors["condition"] if condition else None,
+        image_context=tensors["image_context"] if image_context else None,
+    )
+
+
+def read_text(clip: Clip, *, encoder: str | None = None) -> Tensor:
+    """Read the text cache of a clip: context [S, D] bfloat16. Raises InputError as `read_latents` does."""
+    return _read(clip, "text", problem(clip, "text", encoder=encoder))["context"]
+
+
+def read_camera(clip: Clip, *, check_source: bool = True) -> CameraPath:
+    """Read the camera cache of a clip. Raises InputError as `read_latents` does."""
+    tensors = _read(clip, "camera", problem(clip, "camera", check_source=check_source))
+    metadata = read_safetensors_header(clip.camera_cache)[1]
+    return CameraPath(
+        c2w=tensors["c2w"],
+        K=tensors["K"],
+        height=clip.height,
+        width=clip.width,
+        fps=clip.fps,
+        pose_frame="first" if metadata["pose_frame"] == "first" else "scene",
+        scale_rule=metadata.get("scale_rule", "none"),
+    )
+
+
+def cached_encoder(clip: Clip, kind: Literal["latents", "text"]) -> str | None:
+    """The fingerprint of the encoder that wrote a cache; None where the cache is missing, damaged or not current."""
+    if problem(clip, kind) is not None:
+        return None
+    return read_safetensors_header(cache_path(clip, kind))[1].get("encoder")
+
+
+def cached_shape(clip: Clip, kind: Kind, name: str) -> tuple[int, ...]:
+    """The shape of one tensor of a cache, from its header. Raises InputError where it cannot be read."""
+    return read_safetensors_header(cache_path(clip, kind))[0][name][1]
+
+
+def _provenance(kind: Kind) -> dict[str, str]:
+    return {"kind": kind, "version": VERSION}
+
+
+def _latents_provenance(clip: Clip, encoder: str | None, crop: Crop, check_source: bool = True) -> dict[str, str]:
+    expected = _provenance("latents") | _sampling_provenance(clip, crop)
+    if encoder is not None:
+        expected["encoder"] = encoder
+    if check_source:
+        expected["source_fingerprint"] = source_fingerprint(clip)
+    return expected
+
+
+def _text_provenance(clip: Clip, encoder: str | None) -> dict[str, str]:
+    expected = _provenance("text") | {"caption_hash": text_hash(clip.caption)}
+    return expected if encoder is None else expected | {"encoder": encoder}
+
+
+def _camera_provenance(clip: Clip, check_source: bool = True) -> dict[str, str]:
+    if clip.camera is None:
+        raise InputError(f"{clip.key}: expected a camera, found none in the TOML (camera_directory or camera_params)")
+    settings = clip.camera.settings
+    expected = _provenance("camera") | _sampling_provenance(clip, clip.crop)
+    expected |= {
+        "camera_format": settings.format,
+        "fov_axis": settings.fov_axis,
+        "pose_frame": settings.pose_frame,
+        "fps": json.dumps(clip.fps),
+    }
+    return expected | {"camera_fingerprint": _file_fingerprint(clip.camera.path)} if check_source else expected
+
+
+def _sampling_provenance(clip: Clip, crop: Crop) -> dict[str, str]:
+    return {"frame_indices": json.dumps(clip.frame_indices), "crop": json.dumps(asdict(crop))}
+
+
+def _shown(name: str, value: str | None) -> str:
+    """An entry of the metadata, short enough for one line."""
+    if value is None:
+        return "none"
+    try:
+        if name == "frame_indices" and (frames := json.loads(value)):
+            return f"{len(frames)} frames from {frames[0]} to {frames[-1]}"
+        if name == "crop":
+            crop = json.loads(value)
+            source = f"{crop['source_width']}x{crop['source_height']}"
+            return f"{crop['width']}x{crop['height']} at left {crop['left']}, top {crop['top']} of {source} pixels"
+    except (ValueError, KeyError, TypeError):
+        pass
+    return value
+
+
+def _layout_flaw(clip: Clip, kind: Kind, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> str | None:
+    """What is wrong with the names, dtypes and shapes of a cache."""
+    known = DTYPES[kind]
+    required = [name for name in known if name not in OPTIONAL]
+    if not set(required) <= set(tensors) <= set(known):
+        return f"expected the tensors {', '.join(required)}, found {', '.join(sorted(tensors)) or 'none'}"
+    for name, (dtype, shape) in tensors.items():
+        if dtype != known[name]:
+            return f"expected {name} in {known[name]}, found {dtype}"
+        if not all(shape):
+            return f"expected {name} with numbers in it, found shape {[*shape]}"
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
+    num_frames = clip.num_frames
+    if kind == "camera" and (shapes["c2w"], shapes["K"]) != ((num_frames, 4, 4), (num_frames, 3, 3)):
+        return f"expected {num_frames} poses, found c2w {[*shapes['c2w']]} and K {[*shapes['K']]}"
+    if kind == "text" and len(shapes["context"]) != 2:
+        return f"expected context [S, D], found {[*shapes['context']]}"
+    if kind == "latents":
+        latents = shapes["latents"]
+        if len(latents) != 4 or not _fits(clip, *latents[1:]):
+            return (
+                f"expected latents [C, F, H, W] of {num_frames} frames {clip.width}x{clip.height}, found {[*latents]}"
+            )
+        if "condition" in shapes and shapes["condition"][1:] != latents[1:]:
+            return f"expected condition of the latents' size {[*latents[1:]]}, found {[*shapes['condition']]}"
+    return None
+
+
+def _fits(clip: Clip, num_latent_frames: int, height: int, width: int) -> bool:
+    """Whether latents of this size can belong to the clip: one stride for both sides, one for the later frames."""
+    if clip.height % height or clip.width % width or clip.height // height != clip.width // width:
+        return False
+    if num_latent_frames == 1 or clip.num_frames == 1:
+        return num_latent_frames == clip.num_frames
+    return (clip.num_frames - 1) % (num_latent_frames - 1) == 0
+
+
+def _write(clip: Clip, kind: Kind, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    for name, tensor in tensors.items():
+        _require_finite(clip, name, tensor, f"{cache_path(clip, kind)} is not written; look at {clip.source}")
+    layout = {name: (DTYPES[kind][name], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    flaw = _layout_flaw(clip, kind, layout)
+    if flaw:
+        raise ValueError(f"{clip.key}: {kind} cache: {flaw}")
+    save_safetensors(tensors, cache_path(clip, kind), metadata)
+
+
+def _read(clip: Clip, kind: Kind, flaw: str | None) -> dict[str, Tensor]:
+    if flaw:
+        raise InputError(flaw)
+    file = cache_path(clip, kind)
+    tensors, _ = read_safetensors(file)
+    for name, tensor in tensors.items():
+        _require_finite(clip, name, tensor, f"{file} is damaged; delete it and re-run {COMMANDS[kind]}")
+    return tensors
+
+
+def _require_finite(clip: Clip, name: str, tensor: Tensor, consequence: str) -> None:
+    if not tensor.isfinite().all():
+        bad = int((~tensor.isfinite()).sum())
+        raise InputError(
+            f"{clip.key}: expected finite {name}, found {bad} of {tensor.numel()} numbers NaN or infinite; "
+            f"{consequence}"
+        )
+
+
+def _file_fingerprint(file: Path) -> str:
+    """The fingerprint of a file, computed again only when its size or its time of change differs."""
+    if not file.is_file():
+        raise InputError(f"{file}: expected a file, found nothing")
+    state = file.stat()
+    return _remembered_fingerprint(file, state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _remembered_fingerprint(file: Path, size: int, changed_ns: int) -> str:
+    return fingerprint(file)

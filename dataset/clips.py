@@ -1,0 +1,265 @@
+"""The clips of a config: which frames of which file, at which size, with which caption and camera, cached where.
+
+The list follows from the TOML and the files it names, and from nothing else: what happens to lie in a cache folder does
+not become training data, and every command that reads one config sees the same clips in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import InputError, listing
+from dataset.buckets import Crop, bucket_size, cover_crop
+from dataset.config import CameraSettings, DatasetConfig, DatasetSettings, FramesDataset, VideoDataset
+from dataset.extraction import fit_length, resample, same_rate, windows
+from dataset.video import VIDEO_SUFFIXES, VideoInfo, probe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraFile:
+    """A file with one pose for every frame of the source, and how it is read."""
+
+    path: Path
+    settings: CameraSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """One training example. Its three caches are named here and nowhere else.
+
+    The latent and camera caches are named by source file, first frame, number of frames and size, the text cache by
+    the source file alone: clips cut from one video share its caption. Suffixes stay in the names, so that a.mp4 and
+    a.mov are two clips.
+    """
+
+    dataset: int  # position of its table in the TOML, from 0
+    source: Path  # a video, or a folder of frames
+    num_source_frames: int
+    frame_indices: tuple[int, ...]  # source frames, strictly increasing
+    fps: float | None  # of the clip, after sampling; None where the source has no clock
+    crop: Crop
+    caption: str
+    camera: CameraFile | None
+    cache_directory: Path
+    batch_size: int
+    num_repeats: int
+
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        return len(self.frame_indices)
+
+    @property
+    def height(self) -> int:
+        """Pixels of the frames that are encoded."""
+        return self.crop.height
+
+    @property
+    def width(self) -> int:
+        """Pixels of the frames that are encoded."""
+        return self.crop.width
+
+    @property
+    def key(self) -> str:
+        """What messages call the clip. Unique: data sets have a cache directory each."""
+        name = f"{self.source.resolve().name}_{self.frame_indices[0]:05d}-{self.num_frames:03d}"
+        return (self.cache_directory / f"{name}_{self.width:04d}x{self.height:04d}").as_posix()
+
+    @property
+    def latent_cache(self) -> Path:
+        """File of the latents."""
+        return Path(f"{self.key}_latents.safetensors")
+
+    @property
+    def camera_cache(self) -> Path:
+        """File of the poses and intrinsics of the processed frames."""
+        return Path(f"{self.key}_camera.safetensors")
+
+    @property
+    def text_cache(self) -> Path:
+        """File of the encoded caption."""
+        return self.cache_directory / f"{self.source.resolve().name}_text.safetensors"
+
+
+def list_clips(config: DatasetConfig, *, spatial_stride: int, temporal_stride: int = 4) -> list[Clip]:
+    """All clips of a config, in the order of its tables, the names of their sources and their first frames.
+
+    Args:
+        config: from `read_dataset_config`.
+        spatial_stride: pixels of a token's side (VAE stride times patch): 16, or 32 for ti2v-5B. Sizes are multiples.
+        temporal_stride: video frames of a latent frame after the first. Lengths are n * temporal_stride + 1; another
+            length in the TOML is rounded down, and a warning says so.
+
+    Returns:
+        At least one clip. A video too short for every length in the TOML gives none, and a warning names it.
+
+    Raises:
+        InputError: a folder, caption or camera file is missing, a video cannot be decoded, a size does not fit, or no
+            clip is left.
+    """
+    clips = []
+    for number, dataset in enumerate(config.datasets):
+        where = f"{config.path}, {dataset.table}"
+        if not dataset.enable_bucket and (dataset.height % spatial_stride or dataset.width % spatial_stride):
+            fit = [max(1, round(side / spatial_stride)) * spatial_stride for side in (dataset.width, dataset.height)]
+            raise InputError(
+                f"{where} resolution: expected width and height in multiples of {spatial_stride}, found "
+                f"{dataset.width}x{dataset.height}; the nearest that fits is [{fit[0]}, {fit[1]}], or set "
+                f"enable_bucket = true"
+            )
+        lengths = _lengths(where, dataset, temporal_stride)
+        sources = _videos(where, dataset) if isinstance(dataset, VideoDataset) else [_scene(where, dataset)]
+        for source in sources:
+            clips += _clips_of(where, number, dataset, source, lengths, spatial_stride, temporal_stride)
+    if not clips:
+        raise InputError(f"{config.path}: expected at least one clip, found none; every video is too short (see above)")
+    return clips
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    path: Path
+    caption: str
+    camera: Path | None
+
+
+def _lengths(where: str, dataset: DatasetSettings, temporal_stride: int) -> list[int]:
+    """The clip lengths that the VAE can encode, longest last, each once."""
+    name = "max_frames" if dataset.frame_extraction == "full" else "target_frames"
+    asked = [dataset.max_frames] if dataset.frame_extraction == "full" else dataset.target_frames
+    fitting = {length: fit_length(length, temporal_stride) for length in asked}
+    for length, fit in fitting.items():
+        if length != fit:
+            log.warning(
+                "%s %s: %d is not of the form %dn+1 that the VAE encodes; using %d",
+                *(where, name, length, temporal_stride, fit),
+            )
+    return sorted(set(fitting.values()))
+
+
+def _videos(where: str, dataset: VideoDataset) -> list[_Source]:
+    if not dataset.folder.is_dir():
+        raise InputError(
+            f"{where} video_directory: expected a folder at {dataset.folder}, found "
+            f"{'a file' if dataset.folder.exists() else 'nothing'}; relative paths start at the current directory, "
+            f"{Path.cwd()}"
+        )
+    videos = sorted(
+        file for file in dataset.folder.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES and not file.name[0] == "."
+    )
+    if not videos:
+        kinds = ", ".join(VIDEO_SUFFIXES)
+        raise InputError(f"{where} video_directory: expected videos ({kinds}) in {dataset.folder}, found none")
+    captions = {video: video.with_suffix(dataset.caption_extension) for video in videos}
+    _require_files(where, "a caption beside every video", list(captions.values()))
+    cameras: dict[Path, Path] = {}
+    if dataset.camera_directory is not None:
+        cameras = {video: dataset.camera_directory / f"{video.stem}.txt" for video in videos}
+        _require_files(where, "a camera file for every video", list(cameras.values()))
+    return [_Source(path=video, caption=_read_caption(captions[video]), camera=cameras.get(video)) for video in videos]
+
+
+def _scene(where: str, dataset: FramesDataset) -> _Source:
+    if dataset.camera_params is not None:
+        _require_files(where, "the camera file camera_params", [dataset.camera_params])
+    return _Source(path=dataset.folder, caption=dataset.prompt.strip(), camera=dataset.camera_params)
+
+
+def _require_files(where: str, what: str, files: Sequence[Path]) -> None:
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise InputError(f"{where}: expected {what}, missing: {listing(missing)}")
+
+
+def _read_caption(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: expected a caption in UTF-8, found a byte that is not, at {error.start}") from None
+
+
+def _clips_of(
+    where: str,
+    number: int,
+    dataset: DatasetSettings,
+    source: _Source,
+    lengths: Sequence[int],
+    spatial_stride: int,
+    temporal_stride: int,
+) -> list[Clip]:
+    """The clips of one video or scene, shortest first, then by first frame."""
+    info = probe(source.path)
+    frames, fps = _sampled_frames(where, dataset, source.path, info)
+    if dataset.frame_extraction == "full":
+        lengths = [fit_length(min(lengths[0], len(frames)), temporal_stride)]
+    found = windows(
+        len(frames),
+        lengths=lengths,
+        extraction=dataset.frame_extraction,
+        stride=dataset.frame_stride,
+        samples=dataset.frame_sample,
+    )
+    if not found:
+        log.warning(
+            "%s: %s gives no clip: it has %d frames%s and the shortest clip asked for has %d",
+            *(where, source.path, len(frames), " after sampling" if len(frames) < info.num_frames else "", lengths[0]),
+        )
+    crop = _crop(where, dataset, source.path, info, spatial_stride)
+    return [
+        Clip(
+            dataset=number,
+            source=source.path,
+            num_source_frames=info.num_frames,
+            frame_indices=tuple(frames[position] for position in window),
+            fps=fps,
+            crop=crop,
+            caption=source.caption,
+            camera=None if source.camera is None else CameraFile(path=source.camera, settings=dataset.camera),
+            cache_directory=dataset.cache_directory,
+            batch_size=dataset.batch_size,
+            num_repeats=dataset.num_repeats,
+        )
+        for window in found
+    ]
+
+
+def _sampled_frames(
+    where: str, dataset: DatasetSettings, source: Path, info: VideoInfo
+) -> tuple[list[int], float | None]:
+    """Source frames at the rate wanted, and that rate."""
+    source_fps = dataset.source_fps or info.fps
+    target_fps = dataset.target_fps
+    if target_fps is None or source_fps is None:
+        return list(range(info.num_frames)), source_fps
+    if same_rate(source_fps, target_fps):
+        return list(range(info.num_frames)), source_fps
+    if target_fps > source_fps:
+        raise InputError(
+            f"{where} target_fps: expected at most the {source_fps:g} frames per second of {source}, found "
+            f"{target_fps:g}; frames are left out, never repeated"
+        )
+    return resample(info.num_frames, source_fps=source_fps, target_fps=target_fps), target_fps
+
+
+def _crop(where: str, dataset: DatasetSettings, source: Path, info: VideoInfo, step: int) -> Crop:
+    height, width = dataset.height, dataset.width
+    if dataset.enable_bucket:
+        size = bucket_size(
+            source_height=info.height,
+            source_width=info.width,
+            area=height * width,
+            step=step,
+            no_upscale=dataset.bucket_no_upscale,
+        )
+        if size is None:
+            raise InputError(
+                f"{where}: {source} of {info.width}x{info.height} pixels has no size in multiples of {step} at the "
+                f"area of {width}x{height}; raise resolution or leave the video out"
+            )
+        height, width = size
+    return cover_crop(source_height=info.height, source_width=info.width, height=height, width=width)
