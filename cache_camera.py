@@ -32,7 +32,8 @@ from tqdm import tqdm
 from core.errors import InputError
 from core.model_files import resolve_model
 from dataset import cache
-from dataset.clips import list_clips, read_clip_camera
+from dataset.cameras import read_clip_camera
+from dataset.clips import list_clips
 from dataset.config import read_dataset_config
 from wan_ext.configs import get_variant
 
@@ -49,7 +50,9 @@ def main(options: Options) -> None:
             f"{options.dataset_config}: no data set names cameras; write camera_directory (or camera_params for one "
             "scene) into its [[datasets]] table"
         )
-    todo = [clip for clip in with_camera if not (options.skip_existing and cache.camera_is_current(clip))]
+    todo = with_camera
+    if options.skip_existing:
+        todo = [clip for clip in with_camera if not cache.is_current(clip, "camera")]
     print(f"{len(with_camera)} camera paths, {len(with_camera) - len(todo)} already cached")
     for clip in tqdm(todo, desc="cameras", unit="clip"):
         cache.write_camera(clip, read_clip_camera(clip))

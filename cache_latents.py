@@ -65,7 +65,13 @@ def main(options: Options) -> None:
     clips = list_clips(config, spatial_stride=variant.spatial_stride, temporal_stride=variant.vae.stride[0])
 
     encoder = fingerprint(files.vae)
-    todo = [c for c in clips if not (options.skip_existing and cache.latents_are_current(c, encoder=encoder))]
+    needs = {
+        "condition": variant.image_conditioning == "channels",
+        "image_context": variant.image_encoder is not None,
+    }
+    todo = clips
+    if options.skip_existing:
+        todo = [clip for clip in clips if not cache.is_current(clip, "latents", encoder=encoder, **needs)]
     print(f"{len(clips)} clips, {len(clips) - len(todo)} already cached")
     if not todo:
         return

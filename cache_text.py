@@ -68,7 +68,9 @@ def main(options: Options) -> None:
     clips = list_clips(config, spatial_stride=variant.spatial_stride, temporal_stride=variant.vae.stride[0])
 
     encoder = fingerprint(files.t5)
-    todo = [c for c in clips if not (options.skip_existing and cache.text_is_current(c, encoder=encoder))]
+    todo = clips
+    if options.skip_existing:
+        todo = [clip for clip in clips if not cache.is_current(clip, "text", encoder=encoder)]
     print(f"{len(clips)} captions, {len(clips) - len(todo)} already cached")
     if not todo:
         return

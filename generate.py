@@ -240,9 +240,7 @@ def settle_model(options: Options, table: dict[str, str], metadata: dict[str, st
     return resolve_model(flags, needs=needs, **resolve), variant
 
 
-def settle(
-    options: Options, variant: WanVariant, metadata: dict[str, str]
-) -> tuple[Settings, dict[str, str]]:
+def settle(options: Options, variant: WanVariant, metadata: dict[str, str]) -> tuple[Settings, dict[str, str]]:
     """Each setting from its flag, else from the network's metadata, else from the task; and where it came from."""
     weights = options.network_weights[0].name if options.network_weights else ""
     sources: dict[str, str] = {}
@@ -272,7 +270,9 @@ def settle(
         )
     boundary = options.timestep_boundary
     if boundary is not None and (variant.boundary is None or not 0 < boundary < 1):
-        raise InputError(f"--timestep_boundary {boundary}: expected a number between 0 and 1, for a task of two experts")
+        raise InputError(
+            f"--timestep_boundary {boundary}: expected a number between 0 and 1, for a task of two experts"
+        )
     high_noise = variant.guidance_scale_high_noise or variant.guidance_scale
     settings = Settings(
         prompt=choose("prompt", "prompt", options.prompt, "prompt", ""),
@@ -288,7 +288,11 @@ def settle(
         shift=choose("shift", "flow_shift", options.flow_shift, None, variant.shift),
         guidance_scale=choose("guidance_scale", "guidance_scale", options.guidance_scale, None, variant.guidance_scale),
         guidance_scale_high_noise=choose(
-            "guidance_scale_high_noise", "guidance_scale_high_noise", options.guidance_scale_high_noise, None, high_noise
+            "guidance_scale_high_noise",
+            "guidance_scale_high_noise",
+            options.guidance_scale_high_noise,
+            None,
+            high_noise,
         ),
         boundary=choose("boundary", "timestep_boundary", boundary, None, variant.boundary),
         seed=choose("seed", "seed", options.seed, None, 0),
@@ -305,7 +309,9 @@ def settle(
             f"nearest that fit are {nearest_multiple(settings.height, stride)} {nearest_multiple(settings.width, stride)}"
         )
     if settings.num_frames < 1 or settings.steps < 1:
-        raise InputError(f"video_length and infer_steps: expected at least 1, found {settings.num_frames}, {settings.steps}")
+        raise InputError(
+            f"video_length and infer_steps: expected at least 1, found {settings.num_frames}, {settings.steps}"
+        )
     return settings, sources
 
 
@@ -318,7 +324,9 @@ def read_camera_for(options: Options, settings: Settings, metadata: dict[str, st
     if not options.network_weights:
         raise InputError("--camera_params: only a network with a camera follows a path; give --network_weights")
     if not metadata.get("injection"):
-        raise InputError(f"{options.network_weights[0]}: has no camera encoder, so --camera_params has nothing to act on")
+        raise InputError(
+            f"{options.network_weights[0]}: has no camera encoder, so --camera_params has nothing to act on"
+        )
     path = read_camera(
         options.camera_params,
         height=settings.height,

@@ -1,8 +1,9 @@
 """Step 4: fit a LoRA, and a camera encoder beside it, to the cached clips by flow matching.
 
     accelerate launch train_network.py --dataset_config x.toml --network_module networks.lora_camera \\
-        --network_args injection=plucker --network_dim 32 --network_alpha 32 --learning_rate 1e-4 --max_train_epochs 16 \\
-        --fp8_scaled --gradient_checkpointing --blocks_to_swap 38 --output_dir out --output_name my_camera
+        --network_args injection=plucker --network_dim 32 --network_alpha 32 --learning_rate 1e-4 \\
+        --max_train_epochs 16 --fp8_scaled --gradient_checkpointing --blocks_to_swap 38 \\
+        --output_dir out --output_name my_camera
     python train_network.py ...      the same in one process
 
 A mixture of experts gets one adapter per expert, each with its own optimizer. A step belongs to one expert, drawn with
@@ -15,10 +16,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from core.options import key_values, parse_options, run
 
@@ -138,10 +140,13 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from networks.checkpoint import load_state, save_state
+from networks.files import save_network
 from torch import Tensor
 from tqdm import tqdm
+from wan_ext.loading import load_dit
 
-from core.errors import InputError
+from core.errors import InputError, nearest
 from core.files import fingerprint
 from core.model_files import ModelFiles, resolve_model
 from core.randomness import generator_for
@@ -150,16 +155,15 @@ from dataset.clips import list_clips
 from dataset.config import read_dataset_config
 from memory.runners import BlockRunner, run_checkpointed, run_plain
 from memory.swap import SwappedBlocks
-from networks.checkpoint import load_state, save_state
-from networks.files import save_network
+from networks.network import Network
+from networks.optimization import create_optimizer, learning_rate_factor
 from wan_ext import flow
 from wan_ext.configs import Expert, WanVariant, get_variant
 from wan_ext.dit import WanDiT
 from wan_ext.experts import expert_interval
-from wan_ext.loading import load_dit
 
-if TYPE_CHECKING:
-    from networks.lora import Network
+NETWORK_MODULES = ("networks.lora", "networks.lora_camera")
+SAVE_DTYPES = {"float": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,15 +175,17 @@ class TrainedExpert:
     network: Network
     run_blocks: BlockRunner
     optimizer: torch.optim.Optimizer
-    base_learning_rates: tuple[float, ...]
+    learning_rates: tuple[float, ...]  # of the optimizer's groups, before the schedule
     interval: tuple[float, float]  # of sigma
-    probability: float
+    probability: float  # of a step
 
 
 def training_step(expert: TrainedExpert, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
     """The flow-matching loss of one batch. noise [B, C, F, H, W], sigma [B] -> scalar."""
     noised = flow.add_noise(batch.latents, noise, sigma)  # [B, C, F, H, W]
-    camera = expert.network.encode_camera(batch.c2w, batch.K, batch.height, batch.width)
+    camera = None
+    if batch.c2w is not None:
+        camera = expert.network.encode_camera(batch.c2w, batch.K, batch.height, batch.width)  # tokens [B, F, h, w, D]
     velocity = expert.dit(
         noised,
         timestep=1000 * sigma,
@@ -194,51 +200,51 @@ def training_step(expert: TrainedExpert, batch: Batch, noise: Tensor, sigma: Ten
 
 def main(options: Options) -> None:
     # ---- configuration --------------------------------------------------------------------------------------------
+    require_sensible(options)
     config = read_dataset_config(options.dataset_config)
-    files = model_files(options, config.model)
-    variant = get_variant(files.task)
+    files, variant = settle_model(options, config.model)
     network_module = import_network_module(options.network_module)
-    network_args = key_values(options.network_args, "--network_args")
     law = {
         "law": options.timestep_sampling,
-        "shift": variant.shift if options.discrete_flow_shift is None else options.discrete_flow_shift,
+        "shift": options.discrete_flow_shift or variant.shift,
         "sigmoid_scale": options.sigmoid_scale,
         "logit_mean": options.logit_mean,
         "logit_std": options.logit_std,
     }
-    boundary = boundary_of(options, variant)
-    refuse_what_cannot_train(options)
     accelerator = Accelerator(
         cpu=options.device == "cpu",
         log_with=options.log_with,
-        project_dir=str(options.logging_dir) if options.log_with else None,
+        project_dir=options.logging_dir if options.log_with else None,
     )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
 
-    # ---- data: every cache is checked before anything large is loaded ---------------------------------------------
-    clips = list_clips(config, spatial_stride=variant.spatial_stride, temporal_stride=variant.vae.stride[0])
+    # ---- data: every cache is verified before anything large is loaded ----------------------------------------------
     training_set = TrainingSet(
-        clips,
+        list_clips(config, spatial_stride=variant.spatial_stride, temporal_stride=variant.vae.stride[0]),
         need_camera=network_module.NEEDS_CAMERA,
         vae=fingerprint(files.vae) if files.vae else None,
         text_encoder=fingerprint(files.t5) if files.t5 else None,
+        latent_channels=variant.vae.z_dim,
+        context_width=variant.dit.text_dim,
+        condition=variant.image_conditioning == "channels",
+        image_context=variant.image_encoder is not None,
     )
-    batches_per_epoch = len(training_set.batches(seed=options.seed, epoch=0, rank=rank, world_size=world_size))
+
+    @lru_cache(maxsize=2)
+    def batches_of(epoch: int) -> list[tuple[int, ...]]:
+        return training_set.batches(seed=options.seed, epoch=epoch, rank=rank, world_size=world_size)
+
+    batches_per_epoch = len(batches_of(0))
+    steps_per_epoch = math.ceil(batches_per_epoch / options.gradient_accumulation_steps)
     max_steps = options.max_train_steps
     if options.max_train_epochs is not None:
-        max_steps = options.max_train_epochs * math.ceil(batches_per_epoch / options.gradient_accumulation_steps)
+        max_steps = options.max_train_epochs * steps_per_epoch
 
     # ---- experts: frozen transformer, adapter, optimizer ----------------------------------------------------------
-    experts: list[TrainedExpert] = []
+    experts = []
     for name in trained_experts(options, variant):
-        dit = load_dit(
-            files.dit_high_noise if name == "high" else files.dit,
-            variant,
-            dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
-            quantize=options.fp8_base or options.fp8_scaled,
-            device="cpu" if options.blocks_to_swap else device,
-            attention_backend="flash" if options.flash_attn else "sdpa",
-        )
+        path = files.dit_high_noise if name == "high" else files.dit
+        dit = load_base(options, path, variant, device)
         network = network_module.create_network(
             dit,
             variant=variant,
@@ -246,38 +252,32 @@ def main(options: Options) -> None:
             rank=options.network_dim,
             alpha=options.network_alpha,
             dropout=options.network_dropout,
-            network_args=network_args,
+            network_args=key_values(options.network_args, "--network_args"),
             pose_frame=training_set.pose_frame,
             generator=generator_for(options.seed, "network", name),
         )
-        dit.train()
-        if options.blocks_to_swap:
-            run_blocks = SwappedBlocks(
-                dit.blocks,
-                num_swapped=options.blocks_to_swap,
-                device=device,
-                checkpoint=options.gradient_checkpointing,
-            )
-        else:
-            run_blocks = run_checkpointed if options.gradient_checkpointing else run_plain
-        dit.to(device)
-        network.to(device)
+        run_blocks = place(options, dit, network, device)
         groups = network.parameter_groups(options.learning_rate)
-        low, high = expert_interval(variant, name, boundary=boundary)
+        low, high = expert_interval(variant, name)
         experts.append(
             TrainedExpert(
                 name=name,
                 dit=dit,
                 network=network,
                 run_blocks=run_blocks,
-                optimizer=create_optimizer(options, groups),
-                base_learning_rates=tuple(group["lr"] for group in groups),
+                optimizer=create_optimizer(
+                    options.optimizer_type,
+                    groups,
+                    learning_rate=options.learning_rate,
+                    optimizer_args=key_values(options.optimizer_args, "--optimizer_args"),
+                ),
+                learning_rates=tuple(group["lr"] for group in groups),
                 interval=(low, high),
                 probability=flow.interval_probability(low=low, high=high, **law),
             )
         )
-        num_parameters = sum(p.numel() for p in network.parameters())
-        accelerator.print(f"{name}-noise expert: sigma [{low}, {high}), {num_parameters:,} trained parameters")
+        num_parameters = sum(parameter.numel() for parameter in network.parameters())
+        accelerator.print(f"{name}-noise expert: sigma {low:g} to {high:g}, {num_parameters:,} trained parameters")
 
     # ---- where to begin -------------------------------------------------------------------------------------------
     networks = {expert.name: expert.network for expert in experts}
@@ -293,21 +293,24 @@ def main(options: Options) -> None:
     def save(suffix: str, step: int) -> None:
         if not accelerator.is_main_process:
             return
+        name = options.output_name + suffix
         for expert in experts:
+            metadata = run_metadata | {"ss_steps": str(step), "ss_epoch": str(step // steps_per_epoch)}
             for path in save_network(
                 expert.network,
                 options.output_dir,
-                options.output_name + suffix,
-                run_metadata=run_metadata | {"ss_steps": str(step)},
-                dtype={"float": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.save_precision],
+                name,
+                run_metadata=metadata,
+                dtype=SAVE_DTYPES[options.save_precision],
             ):
                 tqdm.write(f"saved {path}")
         if options.save_state:
-            folder = options.output_dir / f"{options.output_name}{suffix}-state"
+            folder = options.output_dir / f"{name}-state"
             save_state(folder, networks=networks, optimizers=optimizers, step=step)
             tqdm.write(f"saved {folder}")
 
     # ---- the loop -------------------------------------------------------------------------------------------------
+    smooth_loss: dict[str, float] = {}
     progress = tqdm(
         range(first_step, max_steps),
         initial=first_step,
@@ -316,80 +319,92 @@ def main(options: Options) -> None:
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    smooth_loss: dict[str, float] = {}
     for step in progress:
         started = time.perf_counter()
         expert = draw_expert(experts, seed=options.seed, step=step)
         factor = learning_rate_factor(
-            step, kind=options.lr_scheduler, warmup_steps=options.lr_warmup_steps, max_steps=max_steps
+            step, schedule=options.lr_scheduler, warmup_steps=options.lr_warmup_steps, max_steps=max_steps
         )
-        for group, learning_rate in zip(expert.optimizer.param_groups, expert.base_learning_rates, strict=True):
+        for group, learning_rate in zip(expert.optimizer.param_groups, expert.learning_rates, strict=True):
             group["lr"] = learning_rate * factor
 
-        loss_sum = 0.0
+        mean_loss = 0.0
         for micro_step in range(options.gradient_accumulation_steps):
             epoch, index = divmod(step * options.gradient_accumulation_steps + micro_step, batches_per_epoch)
-            groups = training_set.batches(seed=options.seed, epoch=epoch, rank=rank, world_size=world_size)
-            batch = training_set.load(groups[index]).to(device)
+            batch = training_set.load(batches_of(epoch)[index]).to(device)
             generator = generator_for(options.seed, "noise", step, micro_step, rank)
-            sigma = flow.sample_sigma(
-                len(batch.keys), low=expert.interval[0], high=expert.interval[1], generator=generator, **law
-            )
+            low, high = expert.interval
+            sigma = flow.sample_sigma(len(batch.keys), low=low, high=high, generator=generator, **law)  # [B]
             noise = torch.randn(batch.latents.shape, generator=generator)
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout draws from the global state
             loss = training_step(expert, batch, noise.to(device), sigma.to(device))
             (loss / options.gradient_accumulation_steps).backward()
-            loss_sum += loss.item() / options.gradient_accumulation_steps
+            mean_loss += loss.item() / options.gradient_accumulation_steps
 
-        parameters = [p for p in expert.network.parameters() if p.grad is not None]
+        parameters = [parameter for parameter in expert.network.parameters() if parameter.grad is not None]
         if world_size > 1:
             for parameter in parameters:
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        max_norm = options.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf).item()
         if not math.isfinite(grad_norm):
             raise InputError(
-                f"step {step}: the gradient is not finite (loss {loss_sum}, clips {', '.join(batch.keys)}); lower "
-                "--learning_rate, or check those clips"
+                f"step {step}: expected a finite gradient, found {grad_norm} at loss {mean_loss} (last clips: "
+                f"{', '.join(batch.keys)}); lower --learning_rate, or look at those clips"
             )
         expert.optimizer.step()
         expert.optimizer.zero_grad(set_to_none=True)
 
-        # ---- what a person sees -----------------------------------------------------------------------------------
-        previous = smooth_loss.get(expert.name, loss_sum)
-        smooth_loss[expert.name] = 0.98 * previous + 0.02 * loss_sum
+        # ---- what a person sees and keeps -------------------------------------------------------------------------
+        smooth_loss[expert.name] = 0.98 * smooth_loss.get(expert.name, mean_loss) + 0.02 * mean_loss
         progress.set_postfix({f"loss {name}": f"{value:.4f}" for name, value in sorted(smooth_loss.items())})
         if options.log_with:
-            accelerator.log(
-                {
-                    f"loss/{expert.name}": loss_sum,
-                    f"grad_norm/{expert.name}": grad_norm,
-                    "lr": options.learning_rate * factor,
-                    "seconds_per_step": time.perf_counter() - started,
-                },
-                step=step,
-            )
+            curves = {f"loss/{expert.name}": mean_loss, f"grad_norm/{expert.name}": grad_norm}
+            for group in expert.optimizer.param_groups:
+                curves[f"lr/{group['name']}"] = group["lr"]
+            accelerator.log(curves | {"seconds_per_step": time.perf_counter() - started}, step=step)
         done = step + 1
-        steps_per_epoch = math.ceil(batches_per_epoch / options.gradient_accumulation_steps)
         if done < max_steps and options.save_every_n_steps and done % options.save_every_n_steps == 0:
             save(f"-step{done:08d}", done)
-        elif done < max_steps and options.save_every_n_epochs and done % (options.save_every_n_epochs * steps_per_epoch) == 0:
-            save(f"-{done // steps_per_epoch:06d}", done)
+        elif done < max_steps and options.save_every_n_epochs:
+            epochs, rest = divmod(done, steps_per_epoch)
+            if rest == 0 and epochs % options.save_every_n_epochs == 0:
+                save(f"-{epochs:06d}", done)
 
     save("", max_steps)
     accelerator.end_training()
 
 
-# ---- the choices that the recipe names ----------------------------------------------------------------------------
+# ---- what the recipe names ----------------------------------------------------------------------------------------
 
 
-def model_files(options: Options, table: dict[str, str]) -> ModelFiles:
-    """The files of the experts that are trained; VAE and text encoder only where they are named."""
-    flags = {key: getattr(options, key) for key in ("task", "ckpt_dir", "dit", "dit_high_noise", "vae", "t5")}
+def require_sensible(options: Options) -> None:
+    """Refuse numbers and combinations that cannot train, before anything is read."""
+    if options.sage_attn:
+        raise InputError("--sage_attn: SageAttention computes no gradient; train with --sdpa or --flash_attn")
+    if options.sdpa and options.flash_attn:
+        raise InputError("--sdpa --flash_attn: expected one attention, found two")
+    for name in ("gradient_accumulation_steps", "max_train_steps", "max_train_epochs", "save_every_n_steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name}: expected at least 1, found {value}")
+
+
+def settle_model(options: Options, table: dict[str, str]) -> tuple[ModelFiles, WanVariant]:
+    """The task, with --timestep_boundary in it, and the files of the experts that are trained."""
+    names = ("task", "ckpt_dir", "dit", "dit_high_noise", "vae", "t5")
+    flags = {name: getattr(options, name) for name in names}
     files = resolve_model(flags, table=table, table_source=options.dataset_config, needs=())
-    names = trained_experts(options, get_variant(files.task))
-    needs = [{"low": "dit", "high": "dit_high_noise"}[name] for name in names]
-    return resolve_model(flags, table=table, table_source=options.dataset_config, needs=needs)
+    variant = get_variant(files.task)
+    if options.timestep_boundary is not None:
+        boundary = options.timestep_boundary / (1000 if options.timestep_boundary > 1 else 1)
+        if variant.boundary is None or not 0 < boundary < 1:
+            raise InputError(
+                f"--timestep_boundary: expected a number between 0 and 1 (or 1000) for a task of two experts, found "
+                f"{options.timestep_boundary} for {variant.name}"
+            )
+        variant = replace(variant, boundary=boundary)
+    needs = ["dit" if name == "low" else "dit_high_noise" for name in trained_experts(options, variant)]
+    return resolve_model(flags, table=table, table_source=options.dataset_config, needs=needs), variant
 
 
 def trained_experts(options: Options, variant: WanVariant) -> tuple[Expert, ...]:
@@ -400,98 +415,65 @@ def trained_experts(options: Options, variant: WanVariant) -> tuple[Expert, ...]
     return (options.experts,)
 
 
-def boundary_of(options: Options, variant: WanVariant) -> float | None:
-    if options.timestep_boundary is None:
-        return variant.boundary
-    if variant.boundary is None:
-        raise InputError(f"--timestep_boundary: {variant.name} has one expert and no boundary")
-    boundary = options.timestep_boundary / 1000 if options.timestep_boundary > 1 else options.timestep_boundary
-    if not 0 < boundary < 1:
-        raise InputError(f"--timestep_boundary: expected a number between 0 and 1 (or 1000), found {options.timestep_boundary}")
-    return boundary
-
-
-def refuse_what_cannot_train(options: Options) -> None:
-    if options.sage_attn:
-        raise InputError("--sage_attn: SageAttention computes no gradient; train with --sdpa or --flash_attn")
-    if options.sdpa and options.flash_attn:
-        raise InputError("--sdpa --flash_attn: give one of them")
-    for name in ("network_dim", "gradient_accumulation_steps", "max_train_steps", "max_train_epochs"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name}: expected at least 1, found {value}")
-
-
 def import_network_module(name: str):
-    """The module behind --network_module; only the project's own follow its protocol."""
-    known = ("networks.lora", "networks.lora_camera")
-    if name not in known:
-        from core.errors import nearest
-
-        raise InputError(f"--network_module: expected {' or '.join(known)}, found {name!r}{nearest(name, known)}")
+    """The module behind --network_module."""
+    if name not in NETWORK_MODULES:
+        hint = nearest(name, NETWORK_MODULES)
+        raise InputError(f"--network_module: expected {' or '.join(NETWORK_MODULES)}, found {name!r}{hint}")
     return import_module(name)
 
 
-def create_optimizer(options: Options, groups: list[dict]) -> torch.optim.Optimizer:
-    """AdamW or AdamW8bit with the values of --optimizer_args."""
-    import ast
+def load_base(options: Options, path: Path, variant: WanVariant, device: torch.device) -> WanDiT:
+    """The frozen transformer of one expert; in host memory when its blocks are to be swapped."""
+    return load_dit(
+        path,
+        variant,
+        dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
+        quantize=options.fp8_base or options.fp8_scaled,
+        device=torch.device("cpu") if options.blocks_to_swap else device,
+        attention_backend="flash" if options.flash_attn else "sdpa",
+    )
 
-    values = {}
-    for key, text in key_values(options.optimizer_args, "--optimizer_args").items():
-        try:
-            values[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            raise InputError(f"--optimizer_args: expected {key}=number, found {key}={text}") from None
-    if options.optimizer_type.lower() == "adamw":
-        optimizer_class = torch.optim.AdamW
-    elif options.optimizer_type.lower() == "adamw8bit":
-        import bitsandbytes
 
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    else:
-        raise InputError(f"--optimizer_type: expected AdamW8bit or AdamW, found {options.optimizer_type!r}")
-    try:
-        return optimizer_class(groups, lr=options.learning_rate, **values)
-    except TypeError as error:
-        raise InputError(f"--optimizer_args: {options.optimizer_type} does not take them ({error})") from None
+def place(options: Options, dit: WanDiT, network: Network, device: torch.device) -> BlockRunner:
+    """Put model and network where they train, and say how the blocks run."""
+    run_blocks: BlockRunner = run_checkpointed if options.gradient_checkpointing else run_plain
+    if options.blocks_to_swap:
+        run_blocks = SwappedBlocks(
+            dit.blocks,
+            num_swapped=options.blocks_to_swap,
+            device=device,
+            checkpoint=options.gradient_checkpointing,
+        )
+    dit.to(device)
+    network.to(device).train()
+    return run_blocks
 
 
 def draw_expert(experts: list[TrainedExpert], *, seed: int, step: int) -> TrainedExpert:
     """The expert of one step, the same on every process, with the probability of its interval under the law."""
     weights = torch.tensor([expert.probability for expert in experts])
-    index = torch.multinomial(weights, 1, generator=generator_for(seed, "expert", step))
-    return experts[int(index)]
-
-
-def learning_rate_factor(step: int, *, kind: str, warmup_steps: int, max_steps: int) -> float:
-    """What the learning rate is multiplied with at a step: a rise from 0 over the warm-up, then the schedule."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if kind == "constant":
-        return 1.0
-    done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    return 1 - done if kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return experts[int(torch.multinomial(weights, 1, generator=generator_for(seed, "expert", step)))]
 
 
 def describe_run(options: Options, files: ModelFiles, variant: WanVariant, training_set: TrainingSet) -> dict[str, str]:
-    """What the weights' metadata says about the run that made them. Keys with ss_ are those of musubi-tuner."""
+    """What the weights' metadata says of the run that made them. Keys with ss_ are those of musubi-tuner."""
     clip = training_set.clips[0]
+    captions = {clip.caption for clip in training_set.clips}
     return {
-        "task": variant.name,
-        "boundary": str(boundary_of(options, variant)),
-        "prompt": clip.caption if len({c.caption for c in training_set.clips}) == 1 else "",
+        "boundary": str(variant.boundary),
+        "prompt": clip.caption if len(captions) == 1 else "",
         "width": str(clip.width),
         "height": str(clip.height),
         "num_frames": str(clip.num_frames),
-        "fps": str(variant.fps if clip.fps is None else clip.fps),
-        "ss_base_model_version": f"wan_{variant.name}",
-        "ss_sd_model_name": files.dit.name if files.dit else "",
+        "fps": str(round(clip.fps or variant.fps)),
+        "ss_sd_model_name": ", ".join(path.name for path in (files.dit_high_noise, files.dit) if path),
         "ss_learning_rate": str(options.learning_rate),
         "ss_optimizer": options.optimizer_type,
         "ss_timestep_sampling": options.timestep_sampling,
         "ss_seed": str(options.seed),
         "ss_num_train_items": str(len(training_set.clips)),
-        "options": json.dumps(asdict(options), default=str),
+        "ss_training_options": json.dumps(asdict(options), default=str),
     }
 
 

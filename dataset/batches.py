@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class Batch:
     width: int
     condition: Tensor | None  # [B, Cc, F, H, W] float32
     image_context: Tensor | None  # [B, tokens, width] float32
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 class TrainingSet:

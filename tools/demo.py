@@ -55,7 +55,9 @@ def main(options: Options) -> None:
     started = time.perf_counter()
     output = options.output
     if output.exists() and not (output / "dataset.toml").exists() and any(output.iterdir()):
-        raise InputError(f"--output {output}: expected an empty or new folder, or that of a former demo; it has other files")
+        raise InputError(
+            f"--output {output}: expected an empty or new folder, or that of a former demo; it has other files"
+        )
     shutil.rmtree(output, ignore_errors=True)
     toml = output / "dataset.toml"
 
