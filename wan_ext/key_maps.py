@@ -116,11 +116,11 @@ CLIP: Rules = (
 
 
 def clip_native_name(name: str) -> str:
-    """The native name of a tensor of transformers' CLIPVisionModel (without `vision_model.`).
+    """The native name of a tensor of transformers' CLIPVisionModel (which older versions put under `vision_model.`).
 
     Native files hold q, k and v as one tensor: three names map to it.
     """
-    return rename(name, CLIP)
+    return rename(name.removeprefix("vision_model."), CLIP)
 
 
 # --- DiT: native (which is ours) -> diffusers' WanTransformer3DModel -------------------------------------------------
