@@ -174,7 +174,7 @@ def test_what_help_needs_comes_without_torch() -> None:
 def file_map(readme: str) -> list[str]:
     """The paths that the file map names: the fenced block of the README that has both train_network.py and camera/.
 
-    A line's paths stand before its description, two spaces apart from it: words with a "/" or a suffix, and Makefile and
+    A line's paths stand before its description, two spaces apart: words with a "/" or a suffix, and Makefile and
     LICENSE. A path inside a folder is indented further than its folder.
     """
     for block in re.findall(r"^```[^\n]*\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +86,18 @@ def test_both_formats_say_the_same(tmp_path: Path) -> None:
     write_ten(path, tmp_path / "ten.txt")
     write_re10k(path, tmp_path / "re10k.txt")
     assert_same(*(read_camera(tmp_path / f"{name}.txt", height=HEIGHT, width=WIDTH) for name in ("ten", "re10k")))
+
+
+def test_the_examples_in_the_docs_are_one_camera(tmp_path: Path) -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "cameras.md").read_text(encoding="utf-8")
+    ten, re10k = re.findall(r"(?:^    .+\n)+", docs, flags=re.MULTILINE)[:2]
+    paths = []
+    for text in (ten, re10k):
+        (tmp_path / "camera.txt").write_text(text)
+        paths.append(read_camera(tmp_path / "camera.txt", height=720, width=1280))
+    assert torch.equal(paths[0].c2w, torch.eye(4, dtype=torch.float64)[None])
+    assert torch.equal(paths[1].c2w, paths[0].c2w)
+    torch.testing.assert_close(paths[0].K, paths[1].K, atol=1e-4, rtol=0)
 
 
 def test_the_tensor_of_ten_numbers_is_the_row_of_the_file(tmp_path: Path) -> None:
