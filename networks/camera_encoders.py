@@ -11,12 +11,12 @@ so that at step 0 the term is exactly zero, the last linear has a gradient at on
 second step on. There is one zero factor on the way, never two: two in a row would have zero gradients for ever.
 
 Features. Every number x enters as x, sin(2^k x) and cos(2^k x), k = -2 .. 3. Scene coordinates have no fixed unit
-(metres, or whatever a reconstruction chose), and an MLP on raw numbers is slow to learn what changes within a fraction of
-one; with octaves some frequency fits any scale from a tenth to ten times the room. Rays enter as Plücker moment and
-direction, which name a line however its points are chosen, plus the camera's origin, which tells apart the points on that
-line: what stands between two of them hides what lies behind. Measured on a toy (colour seen along a ray of a procedural
-room with spheres, cameras never seen, 1,000 steps, width 256), share of variance explained with the room at scale 1, 0.1
-and 10:
+(metres, or whatever a reconstruction chose), and an MLP on raw numbers is slow to learn what changes within a
+fraction of one; with octaves some frequency fits any scale from a tenth to ten times the room. Rays enter as Plücker
+moment and direction, which name a line however its points are chosen, plus the camera's origin, which tells apart the
+points on that line: what stands between two of them hides what lies behind. Measured on a toy (colour seen along a
+ray of a procedural room with spheres, cameras never seen, 1,000 steps, width 256), share of variance explained with
+the room at scale 1, 0.1 and 10:
 
     moment, direction, origin, six octaves   0.74   0.66   0.77
     the same with four octaves               0.69   0.58   0.75
