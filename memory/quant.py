@@ -4,18 +4,18 @@ What: `quantize` turns a weight [out, in] into float8 e4m3 values and one scale 
 each row where the width is no multiple of 64). `QuantLinear` is a frozen linear layer on top of that.
 
 How: scale = largest magnitude of the run / 448, rounded to bfloat16, so that the largest value lands on the largest
-e4m3 number. The product of an e4m3 value (4 significant bits) and such a scale (8 bits) has 12 bits: it is rounded once,
-to the dtype asked for, and not at all in float32. `QuantLinear` multiplies in the dtype of its activations with a weight
-that exists only during the call; what autograd keeps for backward are references to the 8-bit values and the scales, from
-which backward makes the weight again.
+e4m3 number. The product of an e4m3 value (4 significant bits) and such a scale (8 bits) has 12 bits: it is rounded
+once, to the dtype asked for, and not at all in float32. `QuantLinear` multiplies in the dtype of its activations with a
+weight that exists only during the call; what autograd keeps for backward are references to the 8-bit values and the
+scales, from which backward makes the weight again.
 
 Cost: 1 + 2/64 bytes a weight (a block of Wan 14B: 351 M weights, 0.36 GB instead of 0.70 GB in bfloat16); one transient
 copy of one layer's weight in the activation dtype, in forward and again in backward. Quantising holds float32 copies of
 a few rows at a time.
 
 Exact: relative error of a Gaussian weight 2.5 % (the 3-bit mantissa; the scale adds nothing). Output and input gradient
-are bit for bit those of `F.linear` with the dequantised weight (for inputs that are not contiguous PyTorch may sum in another
-order there). Zero runs stay zero.
+are bit for bit those of `F.linear` with the dequantised weight (for an input that is not contiguous, PyTorch may sum in
+another order there). Zero runs stay zero.
 """
 
 from collections.abc import Callable
@@ -94,8 +94,9 @@ def quantize(weight: Tensor, *, block_size: int = 64, name: str = "weight") -> Q
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `values * scale`, rounded once to `dtype`.
 
-    Exact in float32 and float64 for scales of bfloat16; in bfloat16 and float16 the nearest number to the exact product.
-    The two NaN codes of e4m3 are not looked for (`quantize` never writes them).
+    Exact in float32 and float64 for scales of bfloat16; in bfloat16 and float16 then the nearest number to the exact
+    product. A float32 scale rounds once more, to float32. The two NaN codes of e4m3 are not looked for (`quantize`
+    never writes them).
 
     Args:
         values: [out, in] float8_e4m3fn, contiguous.

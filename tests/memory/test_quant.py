@@ -1,4 +1,4 @@
-"""Laws of 8-bit weights: error bounds, exact rounding, the gradient of a plain linear, nothing extra kept for backward."""
+"""Laws of 8-bit weights: error bounds, exact rounding, a plain linear's gradient, nothing extra kept for backward."""
 
 import pytest
 import torch

@@ -1,0 +1,70 @@
+"""The Wan DiT runs swapped as it runs checkpointed: velocity, adapter gradients and camera gradient, bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memory.quant import QuantLinear
+from memory.runners import BlockRunner, run_checkpointed
+from memory.swap import SwappedBlocks
+from tests.memory.tiny_blocks import Lora, trainable
+from tests.wan_ext.models import CONFIGS, lively_dit
+from wan_ext.condition import CameraCondition
+from wan_ext.dit import WanDiT, storage_dtype
+
+
+def make_dit(name: str, dtype: torch.dtype, quantize: bool) -> WanDiT:
+    """A frozen DiT of four blocks with LoRA on query and feed-forward, perhaps with 8-bit linears."""
+    dit = lively_dit(replace(CONFIGS[name], num_layers=4)).requires_grad_(False)
+    for parameter_name, parameter in dit.named_parameters():
+        parameter.data = parameter.data.to(storage_dtype(parameter_name, dtype))
+    generator = torch.Generator().manual_seed(5)
+    for module in list(dit.blocks.modules()):
+        for child_name, child in list(module.named_children()):
+            if not isinstance(child, nn.Linear):
+                continue
+            base = QuantLinear.from_linear(child) if quantize else child
+            setattr(module, child_name, Lora(base, generator) if child_name in ("q", "2") else base)
+    return dit
+
+
+def train(dit: WanDiT, runner: BlockRunner) -> list[Tensor]:
+    """Velocity, the camera's gradient, and those of the adapters."""
+    config, generator = dit.config, torch.Generator().manual_seed(6)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    tokens = (random(2, 3, 1, 1, config.dim) * 0.1).requires_grad_()
+    velocity = dit(
+        random(2, config.in_dim, 3, 4, 6),
+        timestep=torch.tensor([900.0, 300.0]),
+        context=random(2, 5, config.text_dim),
+        image_context=None if config.image_dim is None else random(2, config.image_len, config.image_dim),
+        camera=CameraCondition(tokens=tokens),
+        run_blocks=runner,
+    )
+    velocity.square().mean().backward()
+    return [velocity.detach(), tokens.grad, *(parameter.grad for parameter in trainable(dit))]
+
+
+@pytest.mark.parametrize("num_swapped", [2, 4])
+@pytest.mark.parametrize(
+    "name, dtype, quantize",
+    [
+        ("t2v", torch.float32, False),
+        ("t2v", torch.bfloat16, True),
+        ("i2v-14B with CLIP", torch.bfloat16, False),
+        ("i2v-14B with CLIP", torch.float32, True),
+    ],
+)
+def test_swapped_equals_checkpointed(name: str, dtype: torch.dtype, quantize: bool, num_swapped: int) -> None:
+    expected = train(make_dit(name, dtype, quantize), run_checkpointed)
+    dit = make_dit(name, dtype, quantize)
+    runner = SwappedBlocks(dit.blocks, num_swapped=num_swapped, device="cpu", checkpoint=True)
+    found = train(dit, runner)
+    assert len(found) == len(expected) > 10
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.isfinite(tensor).all() and tensor.abs().sum() > 0 for tensor in found)
