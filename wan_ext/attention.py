@@ -10,7 +10,7 @@ Shapes: B clips, L queries, S keys, N heads, d channels of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -70,7 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "sdpa") -> Tens
     return _kernel("sageattention", "sageattn")(q, k, v, tensor_layout="NHD")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(package: str, function: str) -> Callable[..., Tensor]:
     """The function of an optional package, or one line that says how to do without it."""
     try:

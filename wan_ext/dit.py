@@ -64,18 +64,19 @@ class WanDiT(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the linears of the blocks compute."""
-        return self.text_embedding[0].weight.dtype
+        return next(self.text_embedding.parameters()).dtype
 
     @property
     def attention_backend(self) -> str:
         """The backend of every attention; assign to change it."""
-        return self.blocks[0].self_attn.backend
+        return self._attention_backend
 
     @attention_backend.setter
     def attention_backend(self, backend: str) -> None:
-        check_backend(backend)
-        for block in self.blocks:
-            block.self_attn.backend = block.cross_attn.backend = backend
+        self._attention_backend = check_backend(backend)
+        for module in self.blocks.modules():
+            if isinstance(module, SelfAttention):
+                module.backend = backend
 
     def forward(
         self,
@@ -106,53 +107,48 @@ class WanDiT(nn.Module):
             InputError: shapes do not fit each other or this model.
         """
         self._check(noised, timestep, context, condition, image_context)
+        patch_size = self.config.patch_size
         if condition is not None:
             noised = torch.cat((noised, condition.to(noised)), dim=1)
-        grid = tuple(size // patch for size, patch in zip(noised.shape[2:], self.config.patch_size, strict=True))
+        frames, height, width = (size // patch for size, patch in zip(noised.shape[2:], patch_size, strict=True))
+        grid = (frames, height, width)
         x = self.embed_patches(noised)  # [B, L, D]
         if camera is not None:
             x = add_camera(x, camera, grid)
 
         time = self.embed_time(timestep)  # [B, 1|F, D]
-        modulation = float32_linear(self.time_projection[1], F.silu(time)).unflatten(-1, (6, -1))  # [B, 1|F, 6, D]
+        modulation = run_float32(self.time_projection, time).unflatten(-1, (6, -1))  # [B, 1|F, 6, D]
         context = self.embed_text(context)  # [B, text_len, D]
         rope = rope_table(*grid, head_dim=self.config.head_dim, device=x.device)
-        inputs = [modulation, context, rope]
         if self.img_emb is not None:
-            inputs.append(self.img_emb(image_context, self.dtype))  # [B, 257, D]
+            image_context = self.img_emb(image_context, self.dtype)  # [B, 257, D]
 
-        x = run_blocks(self.blocks, x, *inputs)
+        x = run_blocks(list(self.blocks), x, modulation, context, rope, image_context)
         x = self.head(x, time)  # [B, L, out_dim * 4]
         return self.unpatchify(x, grid)
 
     def embed_patches(self, noised: Tensor) -> Tensor:
         """The patch embedding as one matrix product: its convolution's stride is its kernel. -> [B, L, D]"""
         pf, ph, pw = self.config.patch_size
-        patches = rearrange(
-            noised.float(), "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=pf, ph=ph, pw=pw
-        )
-        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        return F.linear(patches, weight.float().flatten(1), bias.float())
+        patches = rearrange(noised.float(), "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=pf, ph=ph, pw=pw)
+        weight, bias = (parameter.float() for parameter in self.patch_embedding.parameters())
+        return F.linear(patches, weight.flatten(1), bias)
 
     def embed_time(self, timestep: Tensor) -> Tensor:
         """timestep [B] or [B, F] -> [B, 1|F, D]"""
         if timestep.ndim == 1:
             timestep = timestep[:, None]
-        first, _, second = self.time_embedding
-        wave = sinusoid(timestep, self.config.freq_dim)  # [B, 1|F, freq_dim]
-        return float32_linear(second, F.silu(float32_linear(first, wave)))
+        return run_float32(self.time_embedding, sinusoid(timestep, self.config.freq_dim))
 
     def embed_text(self, context: Tensor) -> Tensor:
         """Zero-pad to text_len and project: the padding becomes tokens too, as in training. -> [B, text_len, D]"""
         context = F.pad(context.to(self.dtype), (0, 0, 0, self.config.text_len - context.shape[1]))
         return self.text_embedding(context)
 
-    def unpatchify(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Tokens back to latents; within a token the channel comes last. [B, L, 4 C] -> [B, C, F, H, W]"""
         (f, h, w), (pf, ph, pw) = grid, self.config.patch_size
-        return rearrange(
-            x, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=f, h=h, w=w, pf=pf, ph=ph, pw=pw
-        )
+        return rearrange(x, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)
 
     def _check(
         self,
@@ -288,6 +284,7 @@ class ImageEmbedding(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
+        assert config.image_dim is not None
         width = config.image_dim
         self.proj = nn.Sequential(
             LayerNorm(width, CLIP_NORM_EPS),
@@ -320,7 +317,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [B, L, D], time [B, 1|F, D] -> float32 [B, L, out_dim * patch]"""
         shift, scale = (self.modulation.float()[:, None] + time[:, :, None]).unbind(2)  # [B, 1|F, D]
-        return float32_linear(self.head, modulate(self.norm(x), shift, scale, torch.float32))
+        return run_float32(self.head, modulate(self.norm(x), shift, scale, torch.float32))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -340,10 +337,15 @@ def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return x + (frames * gate[:, :, None]).flatten(1, 2)
 
 
-def float32_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A plain linear outside the blocks, computed in float32 whatever its weights are stored in."""
-    bias = None if linear.bias is None else linear.bias.float()
-    return F.linear(x.float(), linear.weight.float(), bias)
+def run_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """A linear, or a sequence with linears, outside the blocks: in float32 whatever its weights are stored in."""
+    if isinstance(module, nn.Sequential):
+        for part in module:
+            x = run_float32(part, x)
+        return x
+    if isinstance(module, nn.Linear):
+        return F.linear(x.float(), module.weight.float(), module.bias.float())
+    return module(x)
 
 
 def sinusoid(timestep: Tensor, width: int) -> Tensor:
@@ -378,17 +380,14 @@ def init_weights(dit: WanDiT, generator: torch.Generator) -> None:
 
     Source: Wan-Video/Wan2.2 `wan/modules/model.py` (`init_weights`).
     """
-    for module in dit.modules():
-        if isinstance(module, nn.Linear | nn.Conv3d):
-            nn.init.xavier_uniform_(module.weight.data.flatten(1), generator=generator)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, LayerNorm | RMSNorm) and module.weight is not None:
-            nn.init.ones_(module.weight)
-            if isinstance(module, LayerNorm):
-                nn.init.zeros_(module.bias)
-    for embedding in (dit.text_embedding, dit.time_embedding):
-        nn.init.normal_(embedding[0].weight, std=0.02, generator=generator)
-        nn.init.normal_(embedding[2].weight, std=0.02, generator=generator)
-    for module in (*dit.blocks, dit.head):
-        nn.init.normal_(module.modulation, std=dit.config.dim**-0.5, generator=generator)
-    nn.init.zeros_(dit.head.head.weight)
+    for name, parameter in dit.named_parameters():
+        if name.endswith("modulation"):
+            nn.init.normal_(parameter, std=dit.config.dim**-0.5, generator=generator)
+        elif "norm" in name or name.startswith(("img_emb.proj.0.", "img_emb.proj.4.")):
+            nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+        elif name.startswith(("text_embedding.", "time_embedding.")) and name.endswith("weight"):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        elif name.endswith("weight") and not name.startswith("head."):
+            nn.init.xavier_uniform_(parameter.data.flatten(1), generator=generator)
+        else:  # every bias, the head, the learned positions of two images
+            nn.init.zeros_(parameter)

@@ -86,7 +86,7 @@ def sample_sigma(
     low_u, high_u = quantile.interval(low, high)
     u = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     sigma = quantile(low_u + u * (high_u - low_u)).float()
-    # The quantile of a rounded u may miss the interval by a rounding error, and the experts' intervals must not overlap.
+    # A rounding error may carry a draw over an end of the interval, and the experts' intervals must not overlap.
     below_high = 1.0 if high >= 1 else torch.nextafter(torch.tensor(high), torch.tensor(0.0)).item()
     return sigma.clamp(low, below_high)
 
