@@ -153,7 +153,8 @@ class _Law:
 
     def _cdf(self, sigma: float) -> float:
         """How much of a continuous law lies below sigma."""
-        unshifted = shift_sigma(torch.tensor(sigma, dtype=torch.float64), 1 / self.shift)
+        # Undoing the shift of 1 may round to above 1, of which there is no logit.
+        unshifted = shift_sigma(torch.tensor(sigma, dtype=torch.float64), 1 / self.shift).clamp(0, 1)
         if self.is_normal:
             return torch.special.ndtr((torch.logit(unshifted) - self.mean) / self.std).item()
         return unshifted.item()
