@@ -153,6 +153,8 @@ def problem(
     Returns:
         One line: the clip, the file, what was expected, what was found, and which command mends it.
     """
+    if kind == "camera" and clip.camera is None:
+        return f"{clip.key}: expected a camera, found none in the TOML; name camera_directory or camera_params there"
     file = cache_path(clip, kind)
     advice = f"re-run {COMMANDS[kind]} with the same dataset TOML"
     if not file.is_file():
@@ -272,8 +274,7 @@ def _text_provenance(clip: Clip, encoder: str | None) -> dict[str, str]:
 
 
 def _camera_provenance(clip: Clip, check_source: bool = True) -> dict[str, str]:
-    if clip.camera is None:
-        raise InputError(f"{clip.key}: expected a camera, found none in the TOML (camera_directory or camera_params)")
+    assert clip.camera is not None  # read_clip_camera and problem refuse such clips with a message
     settings = clip.camera.settings
     expected = _provenance("camera") | _sampling_provenance(clip, clip.crop)
     expected |= {

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.files import atomic_path
-from dataset.buckets import Crop
+from dataset.buckets import Crop, cover_crop
 
 if TYPE_CHECKING:
     from dataset.clips import Clip
@@ -79,11 +79,11 @@ def probe(source: Path) -> VideoInfo:
         fps = stream.average_rate or stream.guessed_rate
     if not num_frames or not fps:
         raise InputError(f"{source}: expected a video, found {num_frames} frames at {fps or 'no'} frames per second")
-    height, width, _ = next(read_frames(source, [0])).shape
+    height, width, _ = next(decode(source, [0])).shape
     return VideoInfo(num_frames=num_frames, fps=float(fps), height=height, width=width)
 
 
-def read_frames(source: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
+def decode(source: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
     """Decode chosen frames, one at a time.
 
     Args:
@@ -121,6 +121,11 @@ def read_frames(source: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
     raise InputError(f"{source}: expected at least {indices[-1] + 1} frames, found {number + 1} that can be decoded")
 
 
+def read_frames(source: Path) -> Tensor:
+    """All frames of a video or a folder of frames as they are, uint8 [T, H, W, 3]. Raises InputError as `decode`."""
+    return torch.stack([torch.from_numpy(frame) for frame in decode(source, range(probe(source).num_frames))])
+
+
 def read_clip(clip: Clip) -> tuple[Tensor, Crop]:
     """The frames of a clip at the size it is trained at.
 
@@ -135,7 +140,7 @@ def read_clip(clip: Clip) -> tuple[Tensor, Crop]:
     """
     crop = clip.crop
     frames = torch.empty(clip.num_frames, crop.height, crop.width, 3, dtype=torch.uint8)  # [T, H, W, 3]
-    for position, frame in enumerate(read_frames(clip.source, clip.frame_indices)):
+    for position, frame in enumerate(decode(clip.source, clip.frame_indices)):
         if frame.shape[:2] != (crop.source_height, crop.source_width):
             raise InputError(
                 f"{clip.source}: expected {crop.source_width}x{crop.source_height} pixels in every frame, found "
@@ -151,6 +156,27 @@ def resize_frame(frame: np.ndarray, crop: Crop) -> np.ndarray:
         image = Image.fromarray(frame).resize((crop.resized_width, crop.resized_height), Image.Resampling.LANCZOS)
         frame = np.array(image)
     return frame[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width].copy()
+
+
+def read_image(file: Path, *, height: int, width: int) -> Tensor:
+    """One image, scaled to cover the size and cropped to its centre.
+
+    Args:
+        file: PNG or JPEG.
+        height: pixels of the result.
+        width: pixels of the result.
+
+    Returns:
+        RGB, uint8 [H, W, 3].
+
+    Raises:
+        InputError: nothing there, or no image.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: expected an image, found nothing")
+    image = _read_image(file)
+    crop = cover_crop(source_height=image.shape[0], source_width=image.shape[1], height=height, width=width)
+    return torch.from_numpy(resize_frame(image, crop))
 
 
 def write_video(frames: Tensor, path: Path | str, fps: float) -> None:
