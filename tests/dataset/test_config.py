@@ -1,0 +1,217 @@
+"""Laws of the dataset TOML: what is written is read, and every mistake is named with its file, table and key."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from camera.formats import FORMATS
+from core.errors import InputError
+from dataset.config import KEYS, MODEL_KEYS, FramesDataset, VideoDataset, read_dataset_config
+
+VIDEOS = '[[datasets]]\nvideo_directory = "v"\ntarget_frames = [17]\n'
+FRAMES = '[[datasets]]\nframes_directory = "f"\ntarget_frames = [17]\nprompt = "a room"\n'
+
+
+def read(tmp_path, text):
+    file = tmp_path / "data.toml"
+    file.write_text(text)
+    return read_dataset_config(file)
+
+
+def error(tmp_path, text):
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, text)
+    message = str(caught.value)
+    assert "\n" not in message and str(tmp_path / "data.toml") in message
+    return message
+
+
+def test_every_key_arrives(tmp_path):
+    config = read(
+        tmp_path,
+        """
+        [model]
+        task = "t2v-A14B"
+        ckpt_dir = "wan"
+        [general]
+        resolution = [832, 480]
+        caption_extension = ".caption"
+        batch_size = 2
+        enable_bucket = true
+        bucket_no_upscale = true
+        [[datasets]]
+        video_directory = "v"
+        cache_directory = "c"
+        camera_directory = "k"
+        camera_format = "re10k"
+        fov_axis = "vertical"
+        pose_frame = "scene"
+        num_repeats = 3
+        batch_size = 4
+        target_frames = [17, 49]
+        frame_extraction = "slide"
+        frame_stride = 7
+        source_fps = 30
+        target_fps = 24.0
+        [[datasets]]
+        frames_directory = "f"
+        camera_params = "f.txt"
+        prompt = "a room"
+        frame_extraction = "full"
+        max_frames = 81
+        resolution = 512
+        """,
+    )
+    videos, scene = config.datasets
+    assert dict(config.model) == {"task": "t2v-A14B", "ckpt_dir": "wan"}
+    assert isinstance(videos, VideoDataset) and isinstance(scene, FramesDataset)
+    assert (videos.folder, videos.cache_directory, videos.camera_directory) == (Path("v"), Path("c"), Path("k"))
+    assert (videos.height, videos.width) == (480, 832)  # width comes first in the TOML, height everywhere else
+    assert (videos.caption_extension, videos.num_repeats, videos.batch_size) == (".caption", 3, 4)
+    assert (videos.enable_bucket, videos.bucket_no_upscale) == (True, True)
+    assert (videos.camera.format, videos.camera.fov_axis, videos.camera.pose_frame) == ("re10k", "vertical", "scene")
+    assert (videos.target_frames, videos.frame_extraction, videos.frame_stride) == ((17, 49), "slide", 7)
+    assert (videos.source_fps, videos.target_fps) == (30.0, 24.0)
+    assert (scene.folder, scene.camera_params, scene.prompt) == (Path("f"), Path("f.txt"), "a room")
+    assert (scene.height, scene.width, scene.max_frames, scene.batch_size) == (512, 512, 81, 2)
+
+
+def test_defaults(tmp_path):
+    videos, scene = read(tmp_path, VIDEOS + FRAMES).datasets
+    assert (videos.height, videos.width, videos.batch_size, videos.num_repeats) == (544, 960, 1, 1)
+    assert (videos.cache_directory, videos.caption_extension, videos.camera_directory) == (Path("v"), ".txt", None)
+    assert (videos.frame_extraction, videos.enable_bucket, videos.target_fps) == ("head", False, None)
+    assert videos.camera.pose_frame == "first" and scene.camera.pose_frame == "scene"
+
+
+def test_source_fps_alone_asks_for_the_rate_that_wan_knows(tmp_path):
+    def target(keys):
+        return read(tmp_path, VIDEOS + keys).datasets[0].target_fps
+
+    assert (target("source_fps = 30"), target("source_fps = 8"), target("source_fps = 30\ntarget_fps = 24")) == (
+        16,
+        8,
+        24,
+    )
+
+
+def test_home_folder_and_byte_order_mark(tmp_path):
+    (tmp_path / "data.toml").write_text(VIDEOS.replace('"v"', '"~/v"'), encoding="utf-8-sig")
+    assert read_dataset_config(tmp_path / "data.toml").datasets[0].folder == Path.home() / "v"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[general]\nresoluton = [832, 480]\n" + VIDEOS, ["[general]", "'resoluton'", "'resolution'"]),
+        (VIDEOS + "frame_extracton = 'head'\n", ["[[datasets]] 1", "'frame_extracton'", "'frame_extraction'"]),
+        (VIDEOS + FRAMES + "promt = 'x'\n", ["[[datasets]] 2", "'promt'", "'prompt'"]),
+        ("[modle]\ntask = 'x'\n" + VIDEOS, ["'modle'", "'model'"]),
+        ("[model]\nvea = 'x'\n" + VIDEOS, ["[model]", "'vea'", "'vae'"]),
+        ("[model]\nvae = 3\n" + VIDEOS, ["[model] vae", "text", "3"]),
+        ("[general]\ntarget_frames = [17]\n" + VIDEOS, ["[general]", "target_frames", "[[datasets]]"]),
+        ("resolution = 512\n" + VIDEOS, ["top level", "resolution", "[general]"]),
+        (VIDEOS + "prompt = 'x'\n", ["'prompt'", "frames_directory"]),
+        (FRAMES + "camera_directory = 'x'\n", ["'camera_directory'", "video_directory"]),
+        (VIDEOS + "batch_size = '2'\n", ["batch_size", "whole number", "'2'"]),
+        (VIDEOS + "batch_size = true\n", ["batch_size", "whole number", "True"]),
+        (VIDEOS + "num_repeats = 0\n", ["num_repeats", "at least 1", "0"]),
+        (VIDEOS + "resolution = [832]\n", ["resolution", "[width, height]", "[832]"]),
+        (VIDEOS + "resolution = true\n", ["resolution", "True"]),
+        (VIDEOS + "enable_bucket = 1\n", ["enable_bucket", "true or false", "1"]),
+        (VIDEOS + "source_fps = 0.0\n", ["source_fps", "above 0"]),
+        (VIDEOS + "target_fps = nan\n", ["target_fps", "above 0"]),
+        (VIDEOS + "caption_extension = 'txt'\n", ["caption_extension", "dot", "'txt'"]),
+        (VIDEOS + "frame_extraction = 'heads'\n", ["frame_extraction", '"uniform"', "'heads'", "did you mean 'head'"]),
+        (VIDEOS + "camera_directory = 'k'\npose_frame = 'last'\n", ["pose_frame", '"scene"', "'last'"]),
+        (VIDEOS.replace("[17]", "[]"), ["target_frames", "[49]"]),
+        (VIDEOS.replace("[17]", "[17, 0]"), ["target_frames", "at least 1"]),
+        (VIDEOS.replace("target_frames = [17]\n", ""), ["target_frames", "not given"]),
+        (FRAMES.replace('prompt = "a room"\n', ""), ["prompt", "not given"]),
+        (FRAMES + "target_fps = 16\n", ["target_fps", "source_fps"]),
+        (VIDEOS + "frame_extraction = 'full'\n", ["target_frames", "does nothing", "max_frames"]),
+        (VIDEOS + "frame_stride = 2\n", ["frame_stride", "does nothing", '"slide"']),
+        (VIDEOS + "frame_sample = 2\n", ["frame_sample", "does nothing", '"uniform"']),
+        (VIDEOS + "max_frames = 81\n", ["max_frames", "does nothing", '"full"']),
+        (VIDEOS + "fov_axis = 'vertical'\n", ["fov_axis", "camera_directory"]),
+        (FRAMES + "camera_format = 'ten'\n", ["camera_format", "camera_params"]),
+        (VIDEOS + "bucket_no_upscale = true\n", ["bucket_no_upscale", "enable_bucket"]),
+        ("[general]\nbucket_no_upscale = true\n" + VIDEOS, ["bucket_no_upscale", "enable_bucket"]),
+        (VIDEOS + "camera_directory = 'v'\n", ["camera_directory", "captions"]),
+        (VIDEOS + 'frames_directory = "f"\n', ["video_directory", "frames_directory", "both"]),
+        ("[[datasets]]\nvideo_directry = 'v'\n", ["neither", "'video_directry'", "'video_directory'"]),
+        ("[general]\nbatch_size = 1\n", ["[[datasets]]", "none"]),
+        ("datasets = 3\n", ["[[datasets]]"]),
+        ("datasets = [3]\n", ["[[datasets]] 1", "table"]),
+        ("general = 3\n" + VIDEOS, ["[general]", "table"]),
+        (VIDEOS + VIDEOS, ["[[datasets]] 2", "cache_directory", "[[datasets]] 1"]),
+        (VIDEOS + FRAMES + 'cache_directory = "../x/v"\n', ["unparsed"]),
+        ("[[datasets]\n", ["TOML"]),
+        ("[[datasets]]\nvideo_directory = v\n", ["line 2"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, parts, monkeypatch):
+    if parts == ["unparsed"]:  # one cache directory written in two ways
+        (tmp_path / "x").mkdir()
+        monkeypatch.chdir(tmp_path / "x")
+        parts = ["[[datasets]] 2", "cache_directory", "[[datasets]] 1"]
+    message = error(tmp_path, text)
+    for part in parts:
+        assert part in message
+
+
+def test_a_missing_file_and_a_file_that_is_no_text(tmp_path):
+    with pytest.raises(InputError, match="nothing"):
+        read_dataset_config(tmp_path / "data.toml")
+    with pytest.raises(InputError, match="a folder"):
+        read_dataset_config(tmp_path)
+    (tmp_path / "data.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_dataset_config(tmp_path / "data.toml")
+
+
+@given(st.text(alphabet="[]{}=\"\\'#.,abc_ 0\n\t", max_size=60))
+def test_no_text_breaks_the_reader(tmp_path_factory, text):
+    file = tmp_path_factory.mktemp("toml") / "data.toml"
+    file.write_text(VIDEOS + text)
+    try:
+        read_dataset_config(file)
+    except InputError as problem:
+        assert str(file) in str(problem)
+
+
+def test_the_camera_formats_are_those_of_the_readers():
+    for name in ("auto", *FORMATS):
+        assert KEYS["camera_format"].read(name) == name
+    with pytest.raises(ValueError):
+        KEYS["camera_format"].read("colmap")
+
+
+def test_reading_a_config_imports_no_torch():
+    code = "import sys, dataset.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", [*KEYS, *(f"{key}" for key in MODEL_KEYS)])
+def test_every_key_is_in_the_documentation_with_its_default(name):
+    rows = [line for line in (ROOT / "docs/datasets.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    assert len(rows) == 1, f"{name} has no row, or more than one, in docs/datasets.md"
+    default = KEYS[name].default if name in KEYS else None
+    if name == "resolution":
+        default = [default[1], default[0]]
+    if default is not None:
+        shown = toml.dumps({"x": default}).removeprefix("x = ").strip().replace("[ ", "[").replace(",]", "]")
+        assert f"| `{shown}` |" in rows[0]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "dataset-toml").glob("*.toml")), ids=lambda file: file.name)
+def test_the_examples_are_valid(file):
+    assert read_dataset_config(file).datasets
