@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from core.errors import InputError, listing
 from memory.quant import QuantLinear, quantize
 from wan_ext.checkpoint_files import Checkpoint
-from wan_ext.scaled_fp8 import Fp8Scales, block_scales, dequantize_fp8, find_fp8_scales, require_numbers
+from wan_ext.scaled_fp8 import Fp8Scales, dequantize_fp8, find_fp8_scales, require_numbers, row_scales
 
 
 def fill_module(
@@ -32,7 +32,7 @@ def fill_module(
     """Give every parameter and persistent buffer of a meta module its values from a checkpoint, frozen.
 
     The weight of a `QuantLinear` is quantised as it is read; where the file already holds it in e4m3, its values are
-    kept and only its scales are laid out anew.
+    kept, and so are its scales.
 
     Args:
         module: built on the meta device; tied parameters count once.
@@ -63,6 +63,16 @@ def fill_module(
         if adapt is not None:
             tensor = adapt(name, tensor)
         _assign(owner, leaf, _converted(tensor, dtype_of(name), device))
+
+
+def quantize_linears(module: nn.Module, *, bias_dtype: torch.dtype) -> None:
+    """Replace every linear inside a meta module by an empty 8-bit one, for `fill_module` to fill."""
+    for owner in list(module.modules()):
+        for name, child in list(owner.named_children()):
+            if isinstance(child, nn.Linear):
+                bias = child.bias is not None
+                empty = QuantLinear(child.in_features, child.out_features, bias, device="meta", dtype=bias_dtype)
+                setattr(owner, name, empty)
 
 
 def _stored_names(module: nn.Module) -> list[str]:
@@ -108,22 +118,17 @@ def _fill_quantized(
     linear: QuantLinear, checkpoint: Checkpoint, stored_name: str, scales: Fp8Scales, *, device: torch.device | str
 ) -> None:
     """Assign values and scales of one 8-bit linear."""
-    runs = linear.weight_scale.shape[1]
+    where = f"{checkpoint.path}: {stored_name}"
     if checkpoint.dtype(stored_name) == torch.float8_e4m3fn:
         scale_name = scales.scale_of.get(stored_name)
-        stored_scale = checkpoint.get(scale_name) if scale_name else torch.ones(())
-        scale = block_scales(stored_scale, shape=checkpoint.shape(stored_name), runs=runs)
-        if scale is not None:
-            values = checkpoint.get(stored_name)
-            require_numbers(values, where=f"{checkpoint.path}: {stored_name}")
-            _assign(linear, "weight", values.to(device))
-            _assign(linear, "weight_scale", scale.to(device))
-            return
-    values, scale = quantize(
-        _read(checkpoint, stored_name, scales).to(device),
-        block_size=linear.in_features // runs,
-        name=f"{checkpoint.path}: {stored_name}",
-    )
+        scale = row_scales(checkpoint.get(scale_name) if scale_name else torch.ones(()), linear.out_features)
+        values = checkpoint.get(stored_name)
+        require_numbers(values, where=where)
+        values, scale = values.to(device), scale.to(device)
+    else:
+        block_size = linear.in_features // linear.weight_scale.shape[1]
+        weight = _read(checkpoint, stored_name, scales).to(device)
+        values, scale = quantize(weight, block_size=block_size, name=where)
     _assign(linear, "weight", values)
     _assign(linear, "weight_scale", scale)
 

@@ -26,8 +26,17 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in 
 STD = (0.26862954, 0.26130258, 0.27577711)
 PACKED = ("q_proj", "k_proj", "v_proj")  # the order in a native to_qkv
 # What CLIP files hold besides the visual tower that is used here.
-OTHER_PARTS = ("textual.", "text_model.", "text_projection.", "visual_projection.", "visual.head", "log_scale")
-OTHER_PARTS += ("logit_scale", "embeddings.position_ids", "vision_model.embeddings.position_ids")
+OTHER_PARTS = (
+    "textual.",
+    "text_model.",
+    "text_projection.",
+    "visual_projection.",
+    "visual.head",
+    "log_scale",
+    "logit_scale",
+    "embeddings.position_ids",
+    "vision_model.embeddings.position_ids",
+)
 
 
 class ImageEncoder:

@@ -15,12 +15,11 @@ Source: ComfyUI `comfy/utils.py` (convert_old_quants) and QUANTIZATION.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from core.errors import InputError
@@ -96,23 +95,19 @@ def dequantize_fp8(values: Tensor, scale: Tensor) -> Tensor:
     return blocks.mul_(scale[..., None]).view_as(values)
 
 
-def block_scales(scale: Tensor, *, shape: Sequence[int], runs: int) -> Tensor | None:
-    """The same scales laid out for equal runs of every row, or None if that layout cannot hold them.
+def row_scales(scale: Tensor, num_rows: int) -> Tensor:
+    """The same scales in the layout of `memory.quant`: as many for every row as the file has, at least one.
 
     Args:
         scale: as in `dequantize_fp8`.
-        shape: of the weight, (out, in).
-        runs: wanted scales in each row.
+        num_rows: of the weight.
 
     Returns:
-        float32 [out, runs]
+        float32 [out, 1] or [out, blocks]
     """
     if scale.numel() == 1:
-        return torch.full((shape[0], runs), float(scale.float().item()))
-    by_row = _by_row(scale)
-    if runs % by_row.shape[1]:
-        return None
-    return repeat(by_row, "out coarse -> out (coarse fine)", fine=runs // by_row.shape[1])
+        return scale.float().reshape(1, 1).repeat(num_rows, 1)
+    return _by_row(scale)
 
 
 def require_numbers(values: Tensor, *, where: str) -> None:

@@ -121,7 +121,7 @@ class SafetensorsFile:
     def get(self, name: str) -> Tensor:
         stored = self._tensors[name]
         data = torch.empty(stored.num_bytes, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = data.numpy().data
         done = 0
         with open(self.path, "rb", buffering=0) as file:
             file.seek(stored.start)
@@ -161,7 +161,7 @@ class TorchFile:
                 f"{path}: expected a dictionary of tensors, found Python objects that only a trusted program may "
                 "load; ask its author for safetensors"
             ) from None
-        except (RuntimeError, EOFError, ValueError, OSError):
+        except Exception:  # a broken pickle fails wherever its bytes happen to lead
             raise InputError(f"{path}: expected a whole PyTorch file, {what_it_is(path)}") from None
         if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
             state = state["state_dict"]

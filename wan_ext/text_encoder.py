@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
+from transformers.models.umt5.modeling_umt5 import UMT5DenseGatedActDense
 
 from core.errors import InputError
 from core.files import save_safetensors
-from memory.quant import QuantLinear
-from wan_ext.assemble import fill_module
+from wan_ext.assemble import fill_module, quantize_linears
 from wan_ext.checkpoint_files import Checkpoint, open_checkpoint
 from wan_ext.configs import TextEncoderConfig
 from wan_ext.key_maps import umt5_native_name
@@ -142,7 +142,7 @@ def load_text_encoder(
     with torch.device("meta"):
         network = build_text_encoder(config)
         if quantize:
-            quantize_linears(network, bias_dtype=dtype)
+            quantize_text_encoder(network, dtype=dtype)
     embedding = next((name for name in EMBEDDINGS if name in checkpoint), None)
     if embedding is None and "token_embedding.weight" not in checkpoint:
         raise InputError(f"{checkpoint.path}: expected the umT5 text encoder, found a checkpoint of another kind")
@@ -164,17 +164,13 @@ def load_text_encoder(
     return TextEncoder(network, found, text_len=text_len)
 
 
-def quantize_linears(network: UMT5EncoderModel, *, bias_dtype: torch.dtype) -> None:
-    """Replace the linears of a meta encoder by empty 8-bit ones, to be filled."""
-    for block in network.encoder.block:
-        attention, dense = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
-        for owner, names in ((attention, ("q", "k", "v", "o")), (dense, ("wi_0", "wi_1", "wo"))):
-            for name in names:
-                linear = getattr(owner, name)
-                bias = linear.bias is not None
-                empty = QuantLinear(linear.in_features, linear.out_features, bias, device="meta", dtype=bias_dtype)
-                setattr(owner, name, empty)
-        block.layer[1].DenseReluDense = GatedFeedForward(dense.wi_0, dense.wi_1, dense.wo)
+def quantize_text_encoder(network: UMT5EncoderModel, *, dtype: torch.dtype) -> None:
+    """Make the linears of a meta encoder that computes in `dtype` 8-bit ones, to be filled."""
+    quantize_linears(network, bias_dtype=dtype)
+    for owner in list(network.modules()):
+        for name, module in list(owner.named_children()):
+            if isinstance(module, UMT5DenseGatedActDense):
+                setattr(owner, name, GatedFeedForward(module.wi_0, module.wi_1, module.wo))
 
 
 def save_text_encoder_native(encoder: TextEncoder, path: Path | str, *, dtype: torch.dtype | None = None) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers.models import AutoencoderKLWan
 from einops import rearrange
 from torch import Tensor
 
@@ -48,7 +48,7 @@ class WanVAE:
 
     def to(self, device: torch.device | str) -> WanVAE:
         """Move the weights; returns itself."""
-        self.network.to(device)
+        self.network.to(device)  # type: ignore[arg-type]  # diffusers wraps the method in a decorator that hides it
         return self
 
     @torch.no_grad()

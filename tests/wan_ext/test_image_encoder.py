@@ -1,4 +1,4 @@
-"""Laws of the image encoder: parity with an independent ViT, one encoder in every file, frames squashed, not cropped."""
+"""Laws of the image encoder: parity with an independent ViT, one encoder in every file, frames squashed whole."""
 
 from __future__ import annotations
 
