@@ -98,7 +98,7 @@ def read_lines(file: Path) -> list[Line]:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError(
-            f"{file} line {line}: expected plain text in UTF-8, found the byte 0x{data[error.start]:02x}; save it as text"
+            f"{file} line {line}: expected text in UTF-8, found byte 0x{data[error.start]:02x}; save it as plain text"
         ) from None
     return [Line(file, number, text) for number, text in enumerate(re.split(r"\r\n|\r|\n", text), start=1)]
 

@@ -90,12 +90,12 @@ def _check_row(line: Line, row: list[float]) -> None:
         )
     if row[5] or row[6]:
         raise line.error(
-            f"expected 0 0 in columns 6 and 7, found {row[5]:g} {row[6]:g}; lens distortion is not supported, undistort the "
-            "frames first"
+            f"expected 0 0 in columns 6 and 7, found {row[5]:g} {row[6]:g}; lens distortion is not "
+            "supported, undistort the frames first"
         )
     rotation = torch.tensor(row[7:], dtype=torch.float64).reshape(3, 4)[:, :3]
     if not rotation_error(rotation) < _ROTATION_TOLERANCE:
         raise line.error(
-            "expected a 3x4 world-to-camera matrix, row by row, in columns 8 to 19, found a 3x3 part that is no rotation "
-            f"(determinant {torch.linalg.det(rotation):.4g} where 1 is expected)"
+            "expected a 3x4 world-to-camera matrix, row by row, in columns 8 to 19, found a 3x3 part that is no "
+            f"rotation (determinant {torch.linalg.det(rotation):.4g} where 1 is expected)"
         )

@@ -1,9 +1,9 @@
 """The 10-number camera: position, two columns of the rotation, field of view. As a text file and as a tensor.
 
 One line a frame: `x y z  r00 r10 r20  r01 r11 r21  fov`. The first three numbers are the camera's position in the
-world, the next three its right axis and the three after them its down axis in world coordinates (the first two columns of the
-camera-to-world rotation), the last one its field of view in degrees: horizontal, unless the file has a comment line
-`# fov_axis: vertical` or the caller says so.
+world, the next three its right axis and the three after them its down axis in world coordinates (the first two columns
+of the camera-to-world rotation), the last one its field of view in degrees: horizontal, unless the file has a comment
+line `# fov_axis: vertical` or the caller says so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def ten_numbers(c2w: Tensor, K: Tensor, width: int) -> Tensor:
 def from_ten_numbers(
     numbers: Tensor, *, height: int, width: int, fov_axis: FovAxis = "horizontal"
 ) -> tuple[Tensor, Tensor]:
-    """Poses and intrinsics of ten numbers, by Gram-Schmidt: the right axis stays, the down axis is made orthogonal to it.
+    """Poses and intrinsics of ten numbers, by Gram-Schmidt: the right axis stays, the down axis turns orthogonal to it.
 
     Args:
         numbers: [T, 10]; the rotation vectors need not be unit or orthogonal, but neither zero nor parallel.
