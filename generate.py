@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -115,14 +114,14 @@ from tqdm import tqdm
 from camera.formats import read_camera
 from camera.path import CameraPath
 from core.errors import InputError
-from core.files import atomic_path, read_safetensors_metadata
+from core.files import atomic_path
 from core.model_files import ModelFiles, resolve_model
 from core.randomness import generator_for
 from dataset.config import read_dataset_config
 from dataset.contact_sheet import contact_sheet
 from dataset.video import read_image, write_frames, write_video
-from memory.runners import run_plain
-from memory.swap import SwappedBlocks
+from memory.runners import BlockRunner, run_plain
+from memory.swap import SwappedBlocks, move_all_but
 from networks.files import load_network, read_network_file
 from wan_ext import sampling
 from wan_ext.condition import CameraCondition, first_frame_condition, first_frame_timestep, first_frame_video
@@ -442,12 +441,12 @@ class LoadedExpert:
                     camera.c2w[None].to(device), camera.K[None].to(device), settings.height, settings.width
                 )
         self.dit.eval()
-        self.run_blocks = run_plain
+        self.run_blocks: BlockRunner = run_plain
         if options.blocks_to_swap:
             self.run_blocks = SwappedBlocks(
                 self.dit.blocks, num_swapped=options.blocks_to_swap, device=device, checkpoint=False
             )
-        self.dit.to(device)
+            move_all_but(self.dit, self.dit.blocks, device)
 
     def velocity(self, latents: Tensor, timestep: float, guidance_scale: float) -> Tensor:
         """latents [1, C, F, h, w] -> velocity of the same shape."""
@@ -482,7 +481,7 @@ def write_results(
     target = options.save_path
     if "%" in target.name:
         write_frames(frames, target)
-        stem = target.parent / "frames"
+        stem = target.resolve().parent  # beside the folder of frames, not among them
     else:
         if target.suffix.lower() != ".mp4":
             target = target / f"{time.strftime('%Y%m%d-%H%M%S')}_{settings.seed}.mp4"

@@ -154,7 +154,7 @@ from dataset.batches import Batch, TrainingSet
 from dataset.clips import list_clips
 from dataset.config import read_dataset_config
 from memory.runners import BlockRunner, run_checkpointed, run_plain
-from memory.swap import SwappedBlocks
+from memory.swap import SwappedBlocks, move_all_but
 from networks.network import Network
 from networks.optimization import create_optimizer, learning_rate_factor
 from wan_ext import flow
@@ -437,16 +437,14 @@ def load_base(options: Options, path: Path, variant: WanVariant, device: torch.d
 
 def place(options: Options, dit: WanDiT, network: Network, device: torch.device) -> BlockRunner:
     """Put model and network where they train, and say how the blocks run."""
-    run_blocks: BlockRunner = run_checkpointed if options.gradient_checkpointing else run_plain
-    if options.blocks_to_swap:
-        run_blocks = SwappedBlocks(
-            dit.blocks,
-            num_swapped=options.blocks_to_swap,
-            device=device,
-            checkpoint=options.gradient_checkpointing,
-        )
-    dit.to(device)
     network.to(device).train()
+    if not options.blocks_to_swap:
+        dit.to(device)
+        return run_checkpointed if options.gradient_checkpointing else run_plain
+    run_blocks = SwappedBlocks(
+        dit.blocks, num_swapped=options.blocks_to_swap, device=device, checkpoint=options.gradient_checkpointing
+    )
+    move_all_but(dit, dit.blocks, device)
     return run_blocks
 
 

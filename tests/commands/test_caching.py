@@ -1,0 +1,85 @@
+"""Three caches per clip, left alone when current, written again when not."""
+
+import torch
+
+import cache_camera
+import cache_latents
+import cache_text
+from core.files import read_safetensors, save_safetensors
+
+
+def times(files):
+    return {file.name: file.stat().st_mtime_ns for file in files}
+
+
+def test_every_clip_has_three_caches(cached_once):
+    assert len(cached_once.cache_files) == 3 * 3
+    latents, _ = read_safetensors(next(f for f in cached_once.cache_files if "latents" in f.name))
+    assert latents["latents"].shape == (16, 2, 4, 6)
+    assert latents["latents"].std() > 0.1
+
+
+def test_skip_existing_leaves_current_caches_alone(world):
+    before = times(world.cache_files)
+    world.cache(skip_existing=True)
+    assert times(world.cache_files) == before
+
+
+def test_skip_existing_writes_what_is_no_longer_current(world):
+    before = times(world.cache_files)
+    (world.folder / "videos/0000.txt").write_text("another caption")
+    camera = world.folder / "cameras/0001.txt"
+    lines = camera.read_text().splitlines()
+    camera.write_text("\n".join([*lines[:-1], lines[-2]]) + "\n")
+    broken = next(f for f in world.cache_files if f.name.startswith("0002") and "latents" in f.name)
+    broken.write_bytes(broken.read_bytes()[:-7])
+    world.cache(skip_existing=True)
+    after = times(world.cache_files)
+    changed = {name for name in after if after[name] != before[name]}
+    assert {(name[:4], name.rsplit("_", 1)[1]) for name in changed} == {
+        ("0000", "text.safetensors"),
+        ("0001", "camera.safetensors"),
+        ("0002", "latents.safetensors"),
+    }
+
+
+def test_another_vae_makes_latents_stale(world, tmp_path):
+    before = times(world.cache_files)
+    options = {"dataset_config": world.toml, "device": "cpu", "skip_existing": True}
+    vae = next(world_vae for world_vae in (world_tiny() / "Wan2.1_VAE.safetensors",))
+    tensors, metadata = read_safetensors(vae)
+    name = next(iter(tensors))
+    save_safetensors(tensors | {name: tensors[name] * 1.01}, tmp_path / "vae.safetensors", metadata)
+    cache_latents.main(cache_latents.Options(vae=tmp_path / "vae.safetensors", **options))
+    changed = {n for n, t in times(world.cache_files).items() if t != before[n]}
+    assert len(changed) == 3
+    assert all("latents" in name for name in changed)
+
+
+def world_tiny():
+    from tests.commands.conftest import TINY
+
+    return TINY
+
+
+def test_precisions_agree(world):
+    """8-bit text features are close to the full ones, and not the same."""
+    file = next(f for f in world.cache_files if f.name.startswith("0000") and "text" in f.name)
+    full, _ = read_safetensors(file)
+    cache_text.main(cache_text.Options(dataset_config=world.toml, fp8_t5=True, t5_cpu=True))
+    eight, _ = read_safetensors(file)
+    a, b = full["context"].float(), eight["context"].float()
+    assert not torch.equal(a, b)
+    assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
+
+
+def test_camera_caches_hold_the_processed_intrinsics(world):
+    world.toml.write_text(world.toml.read_text().replace("[48, 32]", "[32, 32]"))
+    cache_camera.main(cache_camera.Options(dataset_config=world.toml))
+    square = [f for f in world.cache_files if "0032x0032_camera" in f.name]
+    wide = [f for f in world.cache_files if "0048x0032_camera" in f.name]
+    assert len(square) == len(wide) == 3
+    for a, b in zip(square, wide, strict=True):
+        k_square, k_wide = read_safetensors(a)[0]["K"], read_safetensors(b)[0]["K"]
+        assert torch.equal(k_square[:, 0, 0], k_wide[:, 0, 0])  # the crop changes no focal length
+        assert torch.equal(k_square[:, 0, 2], k_wide[:, 0, 2] - 8)  # and moves the principal point

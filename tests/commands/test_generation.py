@@ -1,0 +1,147 @@
+"""Generation as laws: N poses give N frames, another camera another video, the same seed the same video."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+from camera.formats import write_ten
+from core.errors import InputError
+from core.files import read_safetensors, save_safetensors
+from dataset.video import read_frames
+from scenes.motion import film
+from scenes.scene import make_scene
+from tests.commands.conftest import TINY
+
+
+@pytest.fixture
+def path_file(tmp_path):
+    def write(seed: int, num_frames: int = 5) -> Path:
+        file = tmp_path / f"path{seed}.txt"
+        write_ten(film(make_scene(5), seed, num_frames=num_frames, height=32, width=48), file)
+        return file
+
+    return write
+
+
+def options_for(trained: Path, save_path: Path, **options) -> generate.Options:
+    defaults = {
+        "ckpt_dir": TINY,
+        "network_weights": (trained / "net_high_noise.safetensors", trained / "net_low_noise.safetensors"),
+        "mixed_precision": "no",
+        "infer_steps": 3,
+        "device": "cpu",
+        "save_path": save_path,
+    }
+    return generate.Options(**(defaults | options))
+
+
+def film_with(trained, save_path, **options) -> torch.Tensor:
+    generate.main(options_for(trained, save_path, **options))
+    return read_frames(save_path)
+
+
+def test_one_frame_per_pose_and_a_record_of_everything(trained_once, tmp_path, path_file, capsys):
+    frames = film_with(trained_once, tmp_path / "a.mp4", camera_params=path_file(9, num_frames=7))
+    assert frames.shape == (7, 32, 48, 3)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["settings"]["prompt"] == "a room with red walls and a blue ball"
+    assert record["sources"]["prompt"] == "from net_high_noise.safetensors"
+    assert record["sources"]["num_frames"] == "lines of path9.txt"
+    assert (tmp_path / "a_sheet.png").stat().st_size > 1000
+    assert "from net_high_noise.safetensors" in capsys.readouterr().out
+
+
+def test_seed_and_camera_decide_the_video(trained_once, tmp_path, path_file):
+    first = film_with(trained_once, tmp_path / "a.mp4", camera_params=path_file(9))
+    again = film_with(trained_once, tmp_path / "b.mp4", camera_params=path_file(9))
+    elsewhere = film_with(trained_once, tmp_path / "c.mp4", camera_params=path_file(10))
+    other_noise = film_with(trained_once, tmp_path / "d.mp4", camera_params=path_file(9), seed=5)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, elsewhere)
+    assert not torch.equal(first, other_noise)
+
+
+def test_swapped_and_resident_give_the_same_video(trained_once, tmp_path, path_file):
+    resident = film_with(trained_once, tmp_path / "a.mp4", camera_params=path_file(9))
+    swapped = film_with(trained_once, tmp_path / "b.mp4", camera_params=path_file(9), blocks_to_swap=6)
+    assert torch.equal(resident, swapped)
+
+
+def test_frames_by_pattern_are_the_frames_of_the_video(trained_once, tmp_path, path_file):
+    video = film_with(trained_once, tmp_path / "a.mp4", camera_params=path_file(9))
+    generate.main(options_for(trained_once, tmp_path / "frames/%03d.png", camera_params=path_file(9)))
+    files = sorted((tmp_path / "frames").iterdir())
+    assert [file.name for file in files] == [f"{i:03d}.png" for i in range(5)]
+    error = (read_frames(tmp_path / "frames").float() - video.float()).abs().mean()
+    assert error < 6  # H.264 keeps half of the colour
+
+
+def test_without_a_network_the_base_model_films(tmp_path):
+    options = generate.Options(
+        task="tiny",
+        ckpt_dir=TINY,
+        prompt="a room",
+        video_length=5,
+        video_size=(32, 48),
+        infer_steps=2,
+        device="cpu",
+        save_path=tmp_path,
+    )
+    generate.main(options)
+    assert len(list(tmp_path.glob("*.mp4"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"video_size": (30, 48)}, "multiples of 16"),
+        ({"task": "t2v-1.3B"}, "trained for tiny"),
+        ({"image_path": Path("x.png")}, "image_path"),
+        ({"sample_solver": "unipcc"}, "unipc"),
+        ({"video_length": 9}, "poses"),
+        ({"timestep_boundary": 1.5}, "timestep_boundary"),
+        ({"vae": Path("nothing.pth")}, "nothing.pth"),
+        ({"camera_params": Path("nowhere.txt")}, "nowhere.txt"),
+        ({"infer_steps": 0}, "infer_steps"),
+    ],
+)
+def test_what_cannot_be_generated_is_named(trained_once, tmp_path, path_file, options, named):
+    with pytest.raises(InputError, match=named):
+        generate.main(options_for(trained_once, tmp_path / "out" / "a.mp4", **({"camera_params": path_file(9)} | options)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("1 2 3 1 0 0 0 1 0", "10"),
+        ("1 2 3 1 0 0 0 1 0 60 5", "10"),
+        ("1 2 3 1 0 zero 0 1 0 60", "zero"),
+        ("1 2 3 1 0 nan 0 1 0 60", "nan"),
+        ("1 2 3 0 0 0 0 1 0 60", "rotation|zero|column"),
+    ],
+)
+def test_a_broken_camera_file_is_named_with_its_line(trained_once, tmp_path, path_file, line, named):
+    file = path_file(9)
+    file.write_text(file.read_text() + line + "\n")
+    with pytest.raises(InputError, match=rf"path9\.txt.*({named})"):
+        generate.main(options_for(trained_once, tmp_path / "a.mp4", camera_params=file))
+
+
+def test_a_lora_of_another_model_is_refused(trained_once, tmp_path, path_file):
+    tensors, metadata = read_safetensors(trained_once / "net_low_noise.safetensors")
+    wider = {name: torch.cat([t, t], dim=-1) if name.endswith("lora_A.weight") else t for name, t in tensors.items()}
+    metadata.pop("camera_file")
+    save_safetensors(wider, tmp_path / "wide.safetensors", metadata)
+    with pytest.raises(InputError, match="wide.safetensors"):
+        generate.main(options_for(trained_once, tmp_path / "a.mp4", network_weights=(tmp_path / "wide.safetensors",)))
+    assert not (tmp_path / "a.mp4").exists()
+
+
+def test_a_camera_without_a_network_is_refused(tmp_path, path_file):
+    options = generate.Options(task="tiny", ckpt_dir=TINY, prompt="x", camera_params=path_file(9), save_path=tmp_path)
+    with pytest.raises(InputError, match="network_weights"):
+        generate.main(options)

@@ -1,0 +1,157 @@
+"""Training as laws: resumed equals uninterrupted, swapped equals resident, both experts learn, files say what they are."""
+
+import json
+
+import pytest
+import torch
+
+from core.errors import InputError
+from core.files import read_safetensors
+
+HIGH, LOW = "net_high_noise.safetensors", "net_low_noise.safetensors"
+
+
+def weights_of(folder, suffix=""):
+    files = [f"net{suffix}_{expert}_noise{part}.safetensors" for expert in ("high", "low") for part in ("", "_camera")]
+    return {f"{file}/{name}": t for file in files for name, t in read_safetensors(folder / file)[0].items()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, different[:5]
+
+
+def test_both_experts_learn(trained_once):
+    for file in (HIGH, LOW):
+        tensors, metadata = read_safetensors(trained_once / file)
+        assert all(t.abs().sum() > 0 for name, t in tensors.items() if name.endswith("lora_B.weight"))
+        assert metadata["task"] == "tiny"
+        assert metadata["expert"] == file.split("_")[1]
+        assert metadata["pose_frame"] == "scene"
+        assert metadata["prompt"] == "a room with red walls and a blue ball"
+        assert (metadata["height"], metadata["width"], metadata["num_frames"]) == ("32", "48", "5")
+        assert json.loads(metadata["ss_training_options"])["network_dim"] == 4
+        camera, _ = read_safetensors(trained_once / metadata["camera_file"])
+        assert all(t.abs().sum() > 0 for t in camera.values())
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit"])
+def test_resumed_equals_uninterrupted(world, optimizer):
+    options = {
+        "optimizer_type": optimizer,
+        "gradient_accumulation_steps": 2,
+        "network_dropout": 0.2,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+        "max_train_steps": 6,
+    }
+    whole = world.train("whole", **options, save_every_n_steps=3, save_state=True)
+    resumed = world.train("resumed", **options, resume=whole / "net-step00000003-state")
+    assert_same(weights_of(whole), weights_of(resumed))
+    other_seed = world.train("other", **(options | {"seed": 4}))
+    assert not torch.equal(weights_of(whole)[key := first_up(whole)], weights_of(other_seed)[key])
+
+
+def first_up(folder):
+    return next(name for name in weights_of(folder) if name.endswith("lora_B.weight"))
+
+
+def test_swapped_equals_resident(world):
+    resident = world.train("resident", gradient_checkpointing=True)
+    swapped = world.train("swapped", gradient_checkpointing=True, blocks_to_swap=6)
+    assert_same(weights_of(resident), weights_of(swapped))
+
+
+def test_swapped_equals_resident_in_8_bits_and_bf16(world):
+    options = {"fp8_scaled": True, "mixed_precision": "bf16", "max_train_steps": 3}
+    resident = world.train("resident", **options)
+    swapped = world.train("swapped", **options, blocks_to_swap=4)
+    assert_same(weights_of(resident), weights_of(swapped))
+    full = world.train("full", max_train_steps=3)
+    name = first_up(full)
+    assert (
+        torch.nn.functional.cosine_similarity(
+            weights_of(full)[name].flatten(), weights_of(resident)[name].flatten(), dim=0
+        )
+        > 0.8
+    )
+
+
+def test_one_expert_alone_trains_only_that_one(world):
+    folder = world.train("low", experts="low")
+    assert (folder / LOW).exists()
+    assert not (folder / HIGH).exists()
+
+
+def test_lora_without_camera_needs_no_camera_cache(world):
+    for file in world.cache_files:
+        if "camera" in file.name:
+            file.unlink()
+    folder = world.train("plain", network_module="networks.lora", network_args=())
+    assert (folder / LOW).exists()
+    assert not list(folder.glob("*camera*"))
+    with pytest.raises(InputError, match="cache_camera.py"):
+        world.train("camera")
+
+
+def test_epochs_count_the_data_set(world, capsys):
+    folder = world.train("epochs", max_train_epochs=2, save_every_n_epochs=1)
+    assert (folder / "net-000001_low_noise.safetensors").exists()  # 3 clips in batches of 2: 2 steps
+    assert read_safetensors(folder / LOW)[1]["ss_steps"] == "4"
+
+
+def test_tensorboard_gets_the_curves(world):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    world.train("logged", log_with="tensorboard", logging_dir=world.folder / "logs", max_train_steps=6)
+    (folder,) = [f.parent for f in (world.folder / "logs").rglob("events*")][:1]
+    events = EventAccumulator(str(folder)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss/low", "grad_norm/low", "seconds_per_step"} <= tags
+    assert len(events.Scalars("seconds_per_step")) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sage_attn": True}, "sage_attn"),
+        ({"network_args": ("injektion=bias",)}, "injection"),
+        ({"network_args": ("injection=biass",)}, "bias"),
+        ({"network_args": ("injection",)}, "key=value"),
+        ({"network_module": "networks.lora_cam"}, "networks.lora_camera"),
+        ({"optimizer_type": "Adam9"}, "AdamW"),
+        ({"blocks_to_swap": 7}, "6"),
+        ({"timestep_boundary": 2000.0}, "timestep_boundary"),
+        ({"task": "t2v-A15B"}, "t2v-A14B"),
+        ({"max_train_steps": 0}, "max_train_steps"),
+        ({"resume": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_train_is_named(world, options, named):
+    from pathlib import Path
+
+    options = {key: Path(value) if key == "resume" else value for key, value in options.items()}
+    with pytest.raises(InputError, match=named):
+        world.train("bad", **options)
+    assert not list((world.folder / "bad").glob("*.safetensors"))
+
+
+def test_a_state_of_another_network_is_refused(world):
+    folder = world.train("whole", save_state=True)
+    with pytest.raises(InputError, match="rank|network_dim"):
+        world.train("other", network_dim=8, resume=folder / "net-state")
+
+
+@pytest.mark.parametrize("kind", ["latents", "text", "camera"])
+def test_a_truncated_cache_is_named_with_the_command_that_mends_it(world, kind):
+    file = next(f for f in world.cache_files if f.name.endswith(f"{kind}.safetensors"))
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(InputError, match=rf"{file.name}.*cache_{kind}.py"):
+        world.train("bad")
+
+
+def test_caches_of_another_size_are_named(world):
+    world.toml.write_text(world.toml.read_text().replace("[48, 32]", "[64, 32]"))
+    with pytest.raises(InputError, match="cache_latents.py"):
+        world.train("bad")
