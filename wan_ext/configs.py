@@ -191,13 +191,13 @@ VARIANTS: dict[str, WanVariant] = {variant.name: variant for variant in (
     # The mixture of experts that ships in assets/tiny-wan, for laptops and tests.
     WanVariant(
         name="tiny",
-        dit=DiTConfig(dim=192, ffn_dim=512, num_heads=6, num_layers=6, in_dim=16, out_dim=16, text_dim=64, text_len=32),
+        dit=DiTConfig(dim=192, ffn_dim=512, num_heads=6, num_layers=6, in_dim=16, out_dim=16, text_dim=64, text_len=48),
         vae=VAEConfig(
-            name="wan2.1", z_dim=16, base_dim=16, decoder_base_dim=None, dim_mult=(1, 2, 4, 4), num_res_blocks=1,
+            name="wan2.1", z_dim=16, base_dim=16, decoder_base_dim=None, dim_mult=(1, 2, 3, 4), num_res_blocks=1,
             temporal_downsample=(False, True, True), patch_size=None, is_residual=False, stride=(4, 8, 8),
             latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),
         text_encoder=TextEncoderConfig(vocab_size=512, dim=64, head_dim=16, ffn_dim=160, num_layers=2, num_heads=4),
-        boundary=0.875, shift=5.0, steps=20, guidance_scale=3.0, guidance_scale_high_noise=3.0, fps=8, num_frames=17,
+        boundary=0.875, shift=3.0, steps=20, guidance_scale=3.0, guidance_scale_high_noise=3.0, fps=8, num_frames=17,
         height=64, width=96, negative_prompt=""),
 )}
 # fmt: on
