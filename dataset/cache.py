@@ -232,15 +232,19 @@ def read_camera(clip: Clip, *, check_source: bool = True) -> CameraPath:
     """Read the camera cache of a clip. Raises InputError as `read_latents` does."""
     tensors = _read(clip, "camera", problem(clip, "camera", check_source=check_source))
     metadata = read_safetensors_header(clip.camera_cache)[1]
-    return CameraPath(
-        c2w=tensors["c2w"],
-        K=tensors["K"],
-        height=clip.height,
-        width=clip.width,
-        fps=clip.fps,
-        pose_frame="first" if metadata["pose_frame"] == "first" else "scene",
-        scale_rule=metadata.get("scale_rule", "none"),
-    )
+    try:
+        return CameraPath(
+            c2w=tensors["c2w"],
+            K=tensors["K"],
+            height=clip.height,
+            width=clip.width,
+            fps=clip.fps,
+            pose_frame="first" if metadata["pose_frame"] == "first" else "scene",
+            scale_rule=metadata.get("scale_rule", "none"),
+        )
+    except InputError as error:
+        file = clip.camera_cache
+        raise InputError(f"{clip.key}: {file}: {error}; delete it and re-run {COMMANDS['camera']}") from None
 
 
 def cached_encoder(clip: Clip, kind: Literal["latents", "text"]) -> str | None:

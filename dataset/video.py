@@ -68,7 +68,7 @@ def probe(source: Path) -> VideoInfo:
         height, width, _ = _read_image(frames[0]).shape
         return VideoInfo(num_frames=len(frames), fps=None, height=height, width=width)
     with _open_video(source) as container:
-        stream = container.streams.video[0]
+        stream = _picture_track(container)
         packets = [packet for packet in container.demux(stream) if packet.size]
         if any(packet.is_corrupt for packet in packets) or len(packets) < stream.frames:
             raise InputError(
@@ -107,7 +107,7 @@ def decode(source: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
     index = next(wanted)
     number = -1
     with _open_video(source) as container:
-        stream = container.streams.video[0]
+        stream = _picture_track(container)
         stream.thread_type = "AUTO"
         for number, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:
@@ -251,11 +251,18 @@ def _open_video(source: Path) -> Iterator[InputContainer]:
         raise InputError(f"{source}: expected a video, found nothing")
     try:
         with av.open(str(source)) as container:
-            if not container.streams.video:
+            if container.streams.best("video") is None:
                 raise InputError(f"{source}: expected a video, found a file without a picture track")
             yield container
     except av.FFmpegError as error:
         raise InputError(f"{source}: cannot be decoded ({error.strerror}); copy or convert the video again") from None
+
+
+def _picture_track(container: InputContainer) -> av.VideoStream:
+    """The film itself, where a cover picture is stored as a second track."""
+    stream = container.streams.best("video")
+    assert isinstance(stream, av.VideoStream)
+    return stream
 
 
 def _read_image(file: Path) -> np.ndarray:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_cache import T5, VAE, edit, latents
+from tiny_dataset import T5, VAE, edit, latents
 
 from core.errors import InputError
 from dataset import cache

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from tiny_dataset import camera_path, smooth_frames
+from tiny_dataset import T5, VAE, camera_path, edit, latents, smooth_frames
 
 from camera.formats import write_ten
 from core.errors import InputError
@@ -14,14 +14,7 @@ from dataset import cache
 from dataset.cameras import read_clip_camera
 from dataset.video import write_frames
 
-VAE, T5 = "sha256:vae", "sha256:t5"
 COMMANDS = {"latents": "cache_latents.py", "text": "cache_text.py", "camera": "cache_camera.py"}
-
-
-def latents(clip, seed=0, channels=16):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (channels, (clip.num_frames - 1) // 4 + 1, clip.height // 8, clip.width // 8)
-    return torch.randn(shape, generator=generator)
 
 
 def write_all(clip, **extra):
@@ -47,13 +40,6 @@ def refusal(clip, kind, **expectation):
     assert "\n" not in message
     assert clip.key in message and str(cache.cache_path(clip, kind)) in message and COMMANDS[kind] in message
     return message
-
-
-def edit(file, tensors=None, **metadata):
-    """Write a cache file with some tensors or entries of the metadata exchanged; None takes one out."""
-    old_tensors, old_metadata = read_safetensors(file)
-    new_tensors = {k: v for k, v in (old_tensors | (tensors or {})).items() if v is not None}
-    save_safetensors(new_tensors, file, {k: v for k, v in (old_metadata | metadata).items() if v is not None})
 
 
 def test_what_is_written_is_read(clip):
@@ -269,6 +255,14 @@ def test_an_interrupted_write_keeps_the_old_cache(clip, monkeypatch):
         cache.write_latents(clip, latents(clip, seed=1), encoder=VAE, crop=clip.crop)
     assert clip.latent_cache.read_bytes() == before
     assert len(list(clip.cache_directory.iterdir())) == 3
+
+
+def test_poses_that_are_no_rotations_are_named(clip):
+    c2w = read_safetensors(clip.camera_cache)[0]["c2w"]
+    c2w[3, 0, 0] = 2
+    edit(clip.camera_cache, {"c2w": c2w})
+    with pytest.raises(InputError, match=r"camera\.safetensors.*rotation.*frame 3.*cache_camera\.py"):
+        cache.read_camera(clip)
 
 
 def test_a_clip_without_a_camera_has_no_camera_cache(world):

@@ -11,6 +11,7 @@ from torch import Tensor
 from camera.formats import write_ten
 from camera.path import CameraPath, inverse_poses
 from camera.trajectories import truck
+from core.files import read_safetensors, save_safetensors
 from dataset.clips import Clip, list_clips
 from dataset.config import read_dataset_config
 from dataset.video import write_video
@@ -18,6 +19,7 @@ from dataset.video import write_video
 POINT = torch.tensor([0.25, -0.1, 3.0], dtype=torch.float64)  # a known point of the scene
 T, HEIGHT, WIDTH, FPS = 21, 64, 96, 16.0
 DOT_RADIUS = 2.5
+VAE, T5 = "sha256:vae", "sha256:t5"  # fingerprints of encoders
 
 
 def project(path: CameraPath, point: Tensor = POINT) -> Tensor:
@@ -100,3 +102,17 @@ def toml_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value) if isinstance(value, (int, float, list)) else f'"{value}"'
+
+
+def latents(clip: Clip, seed: int = 0, channels: int = 16) -> Tensor:
+    """What a VAE of stride 4x8x8 could give for a clip, [C, F, H, W]."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (channels, (clip.num_frames - 1) // 4 + 1, clip.height // 8, clip.width // 8)
+    return torch.randn(shape, generator=generator)
+
+
+def edit(file: Path, tensors: dict[str, Tensor | None] | None = None, **metadata: str | None) -> None:
+    """Write a cache file with some tensors or entries of the metadata exchanged; None takes one out."""
+    old_tensors, old_metadata = read_safetensors(file)
+    new_tensors = {k: v for k, v in (old_tensors | (tensors or {})).items() if v is not None}
+    save_safetensors(new_tensors, file, {k: v for k, v in (old_metadata | metadata).items() if v is not None})
