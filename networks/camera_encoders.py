@@ -108,7 +108,7 @@ class CameraEncoder(nn.Module):
                 raise InputError(f"{name}: expected a multiple of {stride * patch} pixels, found {pixels}")
         device = self.mlp.first.weight.device
         with torch.autocast(device.type, enabled=False):
-            numbers = self.numbers(c2w.to(device), K.to(device), height, width).float()
+            numbers = self.numbers(c2w.to(device), K.to(device), height, width).float().contiguous()
             if torch.is_grad_enabled():
                 return checkpoint(self.mlp, numbers, use_reentrant=False)
             return self.mlp(numbers)

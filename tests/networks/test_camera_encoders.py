@@ -102,7 +102,7 @@ def test_recomputing_in_backward_changes_nothing(injection: str) -> None:
         plain = encode(encoder, clip)
     out = encode(encoder, clip)
     assert torch.equal(out, plain)
-    numbers = encoder.numbers(clip.c2w, clip.K, clip.height, clip.width).float()
+    numbers = encoder.numbers(clip.c2w, clip.K, clip.height, clip.width).float().contiguous()
     parameters = list(encoder.parameters())
     found = torch.autograd.grad(out.square().sum(), parameters)
     expected = torch.autograd.grad(encoder.mlp(numbers).square().sum(), parameters)
