@@ -123,9 +123,9 @@ from dataset.video import read_image, write_frames, write_video
 from memory.runners import BlockRunner, run_plain
 from memory.swap import SwappedBlocks, move_all_but
 from networks.files import load_network, read_network_file
+from networks.guided import Conditions, GuidedExpert
 from wan_ext import sampling
-from wan_ext.condition import CameraCondition, first_frame_condition, first_frame_timestep, first_frame_video
-from wan_ext.condition import with_first_frame
+from wan_ext.condition import first_frame_condition, first_frame_video, with_first_frame
 from wan_ext.configs import Expert, WanVariant, get_variant
 from wan_ext.experts import expert_at
 from wan_ext.image_encoder import load_image_encoder
@@ -153,22 +153,12 @@ class Settings:
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """What the DiT is told besides the noised latents. The text comes as [with, without] the prompt."""
-
-    contexts: tuple[Tensor, Tensor]  # [1, S, D] each
-    camera: CameraPath | None
-    condition: Tensor | None  # [1, 20, F, h, w]
-    image_context: Tensor | None  # [1, 257, D]
-    first_latents: Tensor | None  # [1, C, 1, h, w]
-
-
 def main(options: Options) -> None:
     # ---- settle what is not given ---------------------------------------------------------------------------------
     network_metadata = [read_network_file(path) for path in options.network_weights]
     table = {} if options.dataset_config is None else read_dataset_config(options.dataset_config).model
-    metadata = network_metadata[0] if network_metadata else {}
+    with_camera = [each for each in network_metadata if each.get("injection")]
+    metadata = next(iter(with_camera + network_metadata), {})
     files, variant = settle_model(options, table, metadata)
     settings, sources = settle(options, variant, metadata)
     variant = replace(variant, boundary=settings.boundary)
@@ -197,9 +187,10 @@ def main(options: Options) -> None:
             clip = load_image_encoder(files.clip, variant.image_encoder, device=device)
             image_context = clip.encode(frame[None])
             del clip
+    prompt, negative_prompt = contexts
     conditions = Conditions(
-        contexts=contexts,
-        camera=camera,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
         condition=condition,
         image_context=image_context,
         first_latents=first_latents,
@@ -207,7 +198,7 @@ def main(options: Options) -> None:
 
     # ---- from noise to video --------------------------------------------------------------------------------------
     started = time.perf_counter()
-    latents = sample_latents(options, files, variant, settings, conditions, padded_frames, device)
+    latents = sample_latents(options, files, variant, settings, conditions, camera, padded_frames, device)
     print(f"sampled in {time.perf_counter() - started:.1f} s; decoding")
     video = vae.decode(latents)[0]  # [3, T, H, W] in [-1, 1]
     frames = rearrange(((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), "c t h w -> t h w c").cpu()
@@ -303,19 +294,16 @@ def settle(options: Options, variant: WanVariant, metadata: dict[str, str]) -> t
         raise InputError("--prompt: not given, and the metadata of --network_weights names none")
     stride = variant.spatial_stride
     if settings.height % stride or settings.width % stride or settings.height < stride or settings.width < stride:
+        fit = " ".join(str(max(stride, round(size / stride) * stride)) for size in (settings.height, settings.width))
         raise InputError(
-            f"video_size: height and width must be multiples of {stride}, found {settings.height} {settings.width}; the "
-            f"nearest that fit are {nearest_multiple(settings.height, stride)} {nearest_multiple(settings.width, stride)}"
+            f"video_size: height and width must be multiples of {stride}, found {settings.height} {settings.width}; "
+            f"the nearest that fits is {fit}"
         )
     if settings.num_frames < 1 or settings.steps < 1:
         raise InputError(
             f"video_length and infer_steps: expected at least 1, found {settings.num_frames}, {settings.steps}"
         )
     return settings, sources
-
-
-def nearest_multiple(size: int, stride: int) -> int:
-    return max(stride, round(size / stride) * stride)
 
 
 def read_camera_for(options: Options, settings: Settings, metadata: dict[str, str]) -> CameraPath:
@@ -364,6 +352,7 @@ def sample_latents(
     variant: WanVariant,
     settings: Settings,
     conditions: Conditions,
+    camera: CameraPath | None,
     num_frames: int,
     device: torch.device,
 ) -> Tensor:
@@ -377,16 +366,15 @@ def sample_latents(
         settings.width // stride_w,
     )
     noise = torch.randn(shape, generator=generator_for(settings.seed, "generate")).to(device)
-    loaded: dict[Expert, LoadedExpert] = {}
+    loaded: dict[Expert, GuidedExpert] = {}
 
     def velocity(latents: Tensor, timestep: float) -> Tensor:
         name = expert_at(variant, timestep)
         if name not in loaded:
             loaded.clear()  # the other expert's memory is free before this one comes
             progress.write(f"loading the {name}-noise expert" if len(variant.experts) > 1 else "loading the DiT")
-            loaded[name] = LoadedExpert(options, files, variant, name, conditions, settings, device)
-        scale = settings.guidance_scale_high_noise if name == "high" else settings.guidance_scale
-        return loaded[name].velocity(latents, timestep, scale)
+            loaded[name] = load_expert(options, files, variant, name, settings, conditions, camera, device)
+        return loaded[name].velocity(latents, timestep)
 
     constrain = None
     if conditions.first_latents is not None:
@@ -395,7 +383,7 @@ def sample_latents(
         def constrain(latents: Tensor) -> Tensor:
             return with_first_frame(latents, first_latents)
 
-    with tqdm(total=settings.steps, desc="sample", unit="step") as progress, torch.no_grad():
+    with tqdm(total=settings.steps, desc="sample", unit="step") as progress:
         return sampling.sample(
             velocity,
             noise,
@@ -407,68 +395,45 @@ def sample_latents(
         )
 
 
-class LoadedExpert:
-    """One expert with its adapter, and the velocity it predicts under text guidance."""
-
-    def __init__(
-        self,
-        options: Options,
-        files: ModelFiles,
-        variant: WanVariant,
-        name: Expert,
-        conditions: Conditions,
-        settings: Settings,
-        device: torch.device,
-    ):
-        self.conditions = conditions
-        self.dit = load_dit(
-            files.dit_high_noise if name == "high" else files.dit,
-            variant,
-            dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
-            quantize=options.fp8_scaled,
-            device="cpu" if options.blocks_to_swap else device,
-            attention_backend=options.attn_mode,
-        )
-        self.camera: CameraCondition | None = None
-        for path in options.network_weights:
-            network = load_network(self.dit, path, variant=variant, expert=name, multiplier=options.lora_multiplier)
-            if network is None:  # a file of the other expert
-                continue
-            network.to(device).eval()
-            camera = conditions.camera
-            if camera is not None:
-                self.camera = network.encode_camera(
-                    camera.c2w[None].to(device), camera.K[None].to(device), settings.height, settings.width
-                )
-        self.dit.eval()
-        self.run_blocks: BlockRunner = run_plain
-        if options.blocks_to_swap:
-            self.run_blocks = SwappedBlocks(
-                self.dit.blocks, num_swapped=options.blocks_to_swap, device=device, checkpoint=False
-            )
-            move_all_but(self.dit, self.dit.blocks, device)
-
-    def velocity(self, latents: Tensor, timestep: float, guidance_scale: float) -> Tensor:
-        """latents [1, C, F, h, w] -> velocity of the same shape."""
-        timesteps = torch.full((1,), float(timestep), device=latents.device)
-        if self.conditions.first_latents is not None:
-            timesteps = first_frame_timestep(timesteps, latents.shape[2])  # [1, F]
-
-        def predict(context: Tensor) -> Tensor:
-            return self.dit(
-                latents,
-                timestep=timesteps,
-                context=context,
-                condition=self.conditions.condition,
-                image_context=self.conditions.image_context,
-                camera=self.camera,
-                run_blocks=self.run_blocks,
-            )
-
-        prompt, negative = self.conditions.contexts
-        if guidance_scale == 1:
-            return predict(prompt)
-        return sampling.guidance(predict(prompt), predict(negative), guidance_scale)
+def load_expert(
+    options: Options,
+    files: ModelFiles,
+    variant: WanVariant,
+    name: Expert,
+    settings: Settings,
+    conditions: Conditions,
+    path: CameraPath | None,
+    device: torch.device,
+) -> GuidedExpert:
+    """One expert with its adapters, its camera encoded, ready to run."""
+    dit = load_dit(
+        files.dit_high_noise if name == "high" else files.dit,
+        variant,
+        dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
+        quantize=options.fp8_scaled,
+        device=torch.device("cpu") if options.blocks_to_swap else device,
+        attention_backend=options.attn_mode,
+    )
+    camera = None
+    for file in options.network_weights:
+        network = load_network(dit, file, variant=variant, expert=name, multiplier=options.lora_multiplier)
+        if network is None:  # a file of the other expert
+            continue
+        network.to(device)
+        if path is not None:
+            c2w, K = path.c2w[None].to(device), path.K[None].to(device)
+            camera = network.encode_camera(c2w, K, settings.height, settings.width) or camera
+    run_blocks: BlockRunner = run_plain
+    if options.blocks_to_swap:
+        run_blocks = SwappedBlocks(dit.blocks, num_swapped=options.blocks_to_swap, device=device, checkpoint=False)
+        move_all_but(dit, dit.blocks, device)
+    return GuidedExpert(
+        dit=dit.eval(),
+        conditions=conditions,
+        guidance_scale=settings.guidance_scale_high_noise if name == "high" else settings.guidance_scale,
+        camera=camera,
+        run_blocks=run_blocks,
+    )
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

@@ -140,11 +140,8 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from networks.checkpoint import load_state, save_state
-from networks.files import save_network
 from torch import Tensor
 from tqdm import tqdm
-from wan_ext.loading import load_dit
 
 from core.errors import InputError, nearest
 from core.files import fingerprint
@@ -155,12 +152,15 @@ from dataset.clips import list_clips
 from dataset.config import read_dataset_config
 from memory.runners import BlockRunner, run_checkpointed, run_plain
 from memory.swap import SwappedBlocks, move_all_but
+from networks.checkpoint import load_state, save_state
+from networks.files import save_network
 from networks.network import Network
 from networks.optimization import create_optimizer, learning_rate_factor
 from wan_ext import flow
 from wan_ext.configs import Expert, WanVariant, get_variant
 from wan_ext.dit import WanDiT
 from wan_ext.experts import expert_interval
+from wan_ext.loading import load_dit
 
 NETWORK_MODULES = ("networks.lora", "networks.lora_camera")
 SAVE_DTYPES = {"float": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

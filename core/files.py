@@ -132,8 +132,8 @@ def fingerprint(path: Path | str) -> str:
     path = Path(path)
     digest = hashlib.sha256()
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file.relative_to(path)} {fingerprint(file)}\n".encode())
+        for member in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{member.relative_to(path)} {fingerprint(member)}\n".encode())
         return f"sha256:{digest.hexdigest()[:16]}"
     if not path.is_file():
         raise InputError(f"{path}: expected a file, found nothing")

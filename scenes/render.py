@@ -95,8 +95,10 @@ class Renderer:
         scene = self.scene
         distance, normal, uv, surface = _hit_room(scene, origins, directions)
         for index, item in enumerate(scene.objects):
-            hit = _hit_ball if isinstance(item, Ball) else _hit_box
-            where, t, n, coordinates = hit(item, origins, directions)  # type: ignore[operator]
+            hit = (
+                _hit_ball(item, origins, directions) if isinstance(item, Ball) else _hit_box(item, origins, directions)
+            )
+            where, t, n, coordinates = hit
             nearer = t < distance[where]
             where = where[nearer]
             distance[where], normal[where], uv[where] = t[nearer], n[nearer], coordinates[nearer]

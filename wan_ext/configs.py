@@ -6,7 +6,7 @@ and sampling defaults; the latent means and deviations stand in `wan/modules/vae
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from core.errors import InputError, nearest
@@ -151,8 +151,8 @@ VAE_2_2 = VAEConfig(
     temporal_downsample=(False, True, True), patch_size=2, is_residual=True, stride=(4, 16, 16),
     latents_mean=(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
                   0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-                  -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-                  -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+                  -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723,
+                  -0.2839, -0.2083, -0.052, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
     latents_std=(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
                  0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
                  0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
@@ -161,33 +161,34 @@ VAE_2_2 = VAEConfig(
 UMT5_XXL = TextEncoderConfig(vocab_size=256384, dim=4096, head_dim=64, ffn_dim=10240, num_layers=24, num_heads=64)
 CLIP_VIT_H = ImageEncoderConfig(dim=1280, ffn_dim=5120, num_layers=32, num_heads=16, patch_size=14, image_size=224)
 
-DIT_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "out_dim": 16}
-WAN_2_1 = {"vae": VAE_2_1, "text_encoder": UMT5_XXL, "shift": 5.0, "steps": 50, "guidance_scale": 5.0, "fps": 16}
+# The 14B transformer, with the input channels of text-to-video; the other rows are made from it and from these defaults.
+DIT_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
+T2V_14B = WanVariant(
+    name="t2v-14B", dit=DIT_14B, vae=VAE_2_1, text_encoder=UMT5_XXL, shift=5.0, steps=50, guidance_scale=5.0, fps=16,
+    num_frames=81)
 
 VARIANTS: dict[str, WanVariant] = {variant.name: variant for variant in (
     # Wan2.2
-    WanVariant(
-        name="t2v-A14B", dit=DiTConfig(**DIT_14B, in_dim=16), vae=VAE_2_1, text_encoder=UMT5_XXL,
-        boundary=0.875, shift=12.0, steps=40, guidance_scale=3.0, guidance_scale_high_noise=4.0, fps=16, num_frames=81),
-    WanVariant(
-        name="i2v-A14B", dit=DiTConfig(**DIT_14B, in_dim=36), vae=VAE_2_1, text_encoder=UMT5_XXL,
-        boundary=0.900, shift=5.0, steps=40, guidance_scale=3.5, guidance_scale_high_noise=3.5, fps=16, num_frames=81,
-        image_conditioning="channels"),
+    replace(
+        T2V_14B, name="t2v-A14B", boundary=0.875, shift=12.0, steps=40, guidance_scale=3.0,
+        guidance_scale_high_noise=4.0),
+    replace(
+        T2V_14B, name="i2v-A14B", dit=replace(DIT_14B, in_dim=36), boundary=0.900, steps=40, guidance_scale=3.5,
+        guidance_scale_high_noise=3.5, image_conditioning="channels"),
     WanVariant(
         name="ti2v-5B",
         dit=DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
         vae=VAE_2_2, text_encoder=UMT5_XXL, shift=5.0, steps=50, guidance_scale=5.0, fps=24, num_frames=121,
-        height=704, width=1280,
-        image_conditioning="first_frame"),
+        height=704, width=1280, image_conditioning="first_frame"),
     # Wan2.1
-    WanVariant(
-        name="t2v-1.3B", dit=DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16),
-        num_frames=81, **WAN_2_1),
-    WanVariant(name="t2v-14B", dit=DiTConfig(**DIT_14B, in_dim=16), num_frames=81, **WAN_2_1),
-    WanVariant(
-        name="i2v-14B", dit=DiTConfig(**DIT_14B, in_dim=36, image_dim=1280), image_encoder=CLIP_VIT_H,
-        num_frames=81, image_conditioning="channels", **(WAN_2_1 | {"steps": 40})),
-    WanVariant(name="t2i-14B", dit=DiTConfig(**DIT_14B, in_dim=16), num_frames=1, **WAN_2_1),
+    replace(
+        T2V_14B, name="t2v-1.3B",
+        dit=DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16)),
+    T2V_14B,
+    replace(
+        T2V_14B, name="i2v-14B", dit=replace(DIT_14B, in_dim=36, image_dim=1280), image_encoder=CLIP_VIT_H, steps=40,
+        image_conditioning="channels"),
+    replace(T2V_14B, name="t2i-14B", num_frames=1),
     # The mixture of experts that ships in assets/tiny-wan, for laptops and tests.
     WanVariant(
         name="tiny",

@@ -109,8 +109,9 @@ def test_without_a_network_the_base_model_films(tmp_path):
     ],
 )
 def test_what_cannot_be_generated_is_named(trained_once, tmp_path, path_file, options, named):
+    options = {"camera_params": path_file(9)} | options
     with pytest.raises(InputError, match=named):
-        generate.main(options_for(trained_once, tmp_path / "out" / "a.mp4", **({"camera_params": path_file(9)} | options)))
+        generate.main(options_for(trained_once, tmp_path / "out" / "a.mp4", **options))
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Training as laws: resumed equals uninterrupted, swapped equals resident, both experts learn, files say what they are."""
+"""Training as laws: resumed equals uninterrupted, swapped equals resident, both experts learn, files say it."""
 
 import json
 
