@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +78,22 @@ def test_a_tensor_read_from_a_pth_owns_its_memory(tmp_path):
     tensor = open_checkpoint(path).get("w")
     path.write_bytes(b"\0" * path.stat().st_size)
     assert torch.equal(tensor, torch.ones(5000))
+
+
+def resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssFile:\s+(\d+)", status)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the memory of this process")
+def test_reading_a_pth_leaves_no_mapping_in_memory(tmp_path):
+    torch.save({f"w{i}": torch.zeros(2**20) for i in range(12)}, tmp_path / "w.pth")  # 48 MB
+    checkpoint = open_checkpoint(tmp_path / "w.pth")
+    checkpoint.get("w0")
+    before = resident_file_bytes()
+    for name in checkpoint.names():
+        checkpoint.get(name)
+    assert resident_file_bytes() - before < 2**23
 
 
 def test_names_and_shapes_are_known_without_reading_weights(tmp_path, monkeypatch):

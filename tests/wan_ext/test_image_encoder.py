@@ -95,6 +95,11 @@ def test_every_format_is_the_same_encoder(native, tmp_path):
         assert torch.equal(load_image_encoder(other, TINY).encode(image), reference.encode(image))
 
 
+def test_parts_of_a_packed_tensor_do_not_keep_it_alive(native):
+    parameters = list(load_image_encoder(native[1], TINY).network.parameters())
+    assert sum(p.untyped_storage().nbytes() for p in parameters) == sum(p.nbytes for p in parameters)
+
+
 def test_frames_are_squashed_not_cropped():
     flat = torch.zeros(1, 3, 16, 64)
     flat[..., :8] = 1  # a bar on the left edge, which a centre crop would lose
