@@ -23,7 +23,7 @@ from zipfile import BadZipFile
 import torch
 
 from core.errors import InputError
-from core.files import atomic_folder, read_safetensors, save_safetensors
+from core.files import atomic_folder, fingerprint, read_safetensors, save_safetensors
 from networks.network import Network
 
 VERSION = 1
@@ -59,7 +59,7 @@ def save_state(
             "step": step,
             "networks": {expert: network.metadata() for expert, network in networks.items()},
             "optimizers": {expert: _describe(networks[expert], optimizer) for expert, optimizer in optimizers.items()},
-            "files": {file.name: file.stat().st_size for file in sorted(temporary.iterdir())},
+            "files": {file.name: fingerprint(file) for file in sorted(temporary.iterdir())},
             "config": dict(config or {}),
         }
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1, default=str), encoding="utf-8")
@@ -114,24 +114,32 @@ def load_state(
 
 
 def read_state(folder: Path) -> dict:
-    """What `state.json` of a state says, after a check that every file is there in its full size.
+    """What `state.json` of a state says, after a check that the other files are those that were saved with it.
 
     Raises:
-        InputError: it cannot be read, or a file is missing or cut.
+        InputError: it cannot be read, or a file is missing, cut or changed.
     """
-    path = Path(folder) / STATE_FILE
+    state = _read_json(Path(folder))
+    for name, expected in state["files"].items():
+        file = Path(folder) / name
+        found = fingerprint(file) if file.is_file() else "nothing"
+        if found != expected:
+            raise InputError(
+                f"{file}: expected the file that was saved with this state ({expected}), found {found}; the state is "
+                f"broken, resume another one"
+            )
+    return state
+
+
+def _read_json(folder: Path) -> dict:
+    path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        version, files = state["version"], state["files"]
+        version = state["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected a training state, cannot read it ({error}); resume another one") from None
     if version != VERSION:
         raise InputError(f"{path}: expected a training state of version {VERSION}, found version {version}")
-    for name, size in files.items():
-        file = Path(folder) / name
-        found = f"{file.stat().st_size} bytes" if file.is_file() else "nothing"
-        if found != f"{size} bytes":
-            raise InputError(f"{file}: expected {size} bytes, found {found}; the state is broken, resume another one")
     return state
 
 
@@ -153,7 +161,7 @@ def latest_state(folder: Path) -> Path:
             f"--resume {folder}: expected a training state ({STATE_FILE}) there or in a folder inside it, found none; "
             f"states are written by --save_state"
         )
-    return max(states, key=lambda state: (read_state(state)["step"], state.name))
+    return max(states, key=lambda state: (_read_json(state)["step"], state.name))
 
 
 def _states_in(folder: Path, aside: str | None = None) -> Iterator[Path]:
