@@ -1,0 +1,1 @@
+"""The recipe of the embedded tiny Wan: rendered clips, VAE, text encoder, two DiT experts."""

@@ -1,0 +1,151 @@
+"""Train the two experts of the tiny mixture: one model on every noise level, then a copy of it on each interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from core.files import atomic_path
+from core.randomness import generator_for
+from wan_ext.configs import Expert, WanVariant
+from wan_ext.dit import WanDiT, init_weights
+from wan_ext.experts import expert_at, expert_interval
+from wan_ext.flow import add_noise, sample_sigma, velocity_target
+from wan_ext.sampling import guidance, sample
+
+EMA_DECAY, WARMUP_STEPS, SAVE_EVERY, CAPTION_DROPOUT = 0.998, 100, 250, 0.1
+TRAINING_SHIFT = 2.0  # of the sigma law; the first layout of a clip needs more practice than its grain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What the experts learn from: latents [N, C, F, h, w], padded contexts [N, S, D], that of no caption [S, D]."""
+
+    latents: Tensor
+    context: Tensor
+    empty_context: Tensor
+
+
+def train_dit(
+    variant: WanVariant,
+    material: Material,
+    checkpoint: Path,
+    *,
+    expert: Expert | None,
+    start: WanDiT | None,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    on_save: Callable[[WanDiT, int], None] | None = None,
+) -> WanDiT:
+    """Train, or continue from the checkpoint.
+
+    Args:
+        variant: the model's shape and the experts' intervals.
+        material: latents and contexts.
+        checkpoint: file of weights, averages and optimiser.
+        expert: whose interval of sigma; None for all of them.
+        start: weights to begin with; None begins from scratch.
+        steps, batch_size, learning_rate: the rate falls to zero along a half cosine.
+        seed: of weights, order and noise.
+        on_save: told the model with averaged weights, and the step, whenever a checkpoint is written.
+
+    Returns:
+        The model with averaged weights.
+    """
+    low, high = (0.0, 1.0) if expert is None else expert_interval(variant, expert)
+    name = expert or "both"
+    dit = WanDiT(variant.dit)
+    init_weights(dit, generator_for(seed, "tiny dit"))
+    if start is not None:
+        dit.load_state_dict(start.state_dict())
+    average = WanDiT(variant.dit).requires_grad_(False)
+    average.load_state_dict(dit.state_dict())
+    decayed = [p for p in dit.parameters() if p.ndim > 1]
+    rest = [p for p in dit.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+    first = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        dit.load_state_dict(saved["dit"])
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+
+    shown = 0.0
+    progress = tqdm(range(first, steps), initial=first, total=steps, desc=f"dit {name}", unit="step")
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / WARMUP_STEPS, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        generator = generator_for(seed, name, step)
+        which = torch.randint(len(material.latents), (batch_size,), generator=generator)
+        latents, context = material.latents[which], material.context[which]
+        dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
+        context = torch.where(dropped[:, None, None], material.empty_context, context)
+        noise = torch.randn(latents.shape, generator=generator)
+        sigma = sample_sigma(
+            batch_size, law="shift", shift=TRAINING_SHIFT, low=low, high=high, sigmoid_scale=1.2, generator=generator
+        )
+        velocity = dit(add_noise(latents, noise, sigma), timestep=1000 * sigma, context=context)
+        loss = (velocity - velocity_target(latents, noise)).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
+        optimizer.step()
+        decay = min(EMA_DECAY, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in dit.parameters()], 1 - decay)
+        shown = 0.98 * shown + 0.02 * loss.item() if shown else loss.item()
+        progress.set_postfix(loss=f"{shown:.4f}")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            state = {"dit": dit.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            with atomic_path(checkpoint) as temporary:
+                torch.save(state | {"step": step + 1}, temporary)
+            progress.write(f"{name}: step {step + 1}, loss {shown:.4f}")
+            if on_save is not None:
+                on_save(average, step + 1)
+    return average
+
+
+@torch.no_grad()
+def generate(
+    variant: WanVariant,
+    experts: dict[Expert, WanDiT],
+    context: Tensor,
+    empty_context: Tensor,
+    *,
+    shape: tuple[int, int, int, int],
+    seed: int,
+    scale: float | None = None,
+) -> Tensor:
+    """Latents from captions, through both experts.
+
+    Args:
+        variant: boundary, steps, shift and guidance scale.
+        experts: the models.
+        context: [B, S, D]; the context of no caption is [S, D].
+        shape: C, F, h, w of a clip's latents.
+        seed: of the noise.
+        scale: of the guidance; the variant's when None.
+
+    Returns:
+        [B, C, F, h, w]
+    """
+    scale = variant.guidance_scale if scale is None else scale
+    latents = torch.randn(len(context), *shape, generator=generator_for(seed, "sample"))
+    both = torch.cat([context, empty_context.expand_as(context)])
+
+    def velocity(x: Tensor, timestep: float) -> Tensor:
+        dit = experts[expert_at(variant, timestep)]
+        time = torch.full((2 * len(x),), float(timestep))
+        cond, uncond = dit(torch.cat([x, x]), timestep=time, context=both).chunk(2)
+        return guidance(cond, uncond, scale)
+
+    return sample(velocity, latents, solver="unipc", steps=variant.steps, shift=variant.shift)

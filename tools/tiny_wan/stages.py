@@ -1,0 +1,161 @@
+"""The stages of the recipe: each reads what earlier ones wrote, and writes its files of the finished model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from core.files import atomic_path
+from scenes.scene import caption, make_scene
+from tools.tiny_wan.clips import held_out_clips, to_video, training_clips
+from tools.tiny_wan.dit import Material, generate, train_dit
+from tools.tiny_wan.text import train_text_encoder
+from tools.tiny_wan.vae import encode_all, evaluate_vae, train_vae
+from wan_ext.configs import Expert, get_variant
+from wan_ext.dit import WanDiT
+from wan_ext.loading import load_dit, save_dit
+from wan_ext.text_encoder import TextEncoder, load_text_encoder, save_text_encoder_native
+from wan_ext.vae import WanVAE, load_vae, save_vae_native
+
+VARIANT = get_variant("tiny")
+VAE_FILE, TEXT_FILE, SPIECE_FILE = "Wan2.1_VAE.safetensors", "models_t5_umt5-xxl-enc-bf16.safetensors", "spiece.model"
+TOKENIZER_FOLDER = "google/umt5-xxl"
+EXPERT_FOLDERS: dict[Expert, str] = {"high": "high_noise_model", "low": "low_noise_model"}
+STORED = torch.bfloat16
+SHEET_SCENES = 8  # generated clips of the contact sheet
+
+
+def vae_stage(output: Path, work: Path, *, num_scenes: int, steps: int, learning_rate: float, seed: int) -> None:
+    """Train the autoencoder and write it."""
+    vae = train_vae(
+        VARIANT.vae, work, num_scenes=num_scenes, steps=steps, batch_size=2, learning_rate=learning_rate, seed=seed
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    save_vae_native(vae, output / VAE_FILE, dtype=STORED)
+
+
+def text_stage(output: Path, work: Path, *, steps: int, seed: int) -> None:
+    """Train tokenizer and text encoder and write them."""
+    encoder, spiece = train_text_encoder(VARIANT, work, steps=steps, batch_size=32, learning_rate=3e-3, seed=seed)
+    (output / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
+    with atomic_path(output / TOKENIZER_FOLDER / SPIECE_FILE) as temporary:
+        temporary.write_bytes(spiece)
+    save_text_encoder_native(encoder, output / TEXT_FILE, dtype=STORED)
+
+
+def dit_stage(
+    output: Path,
+    work: Path,
+    *,
+    num_scenes: int,
+    steps: int,
+    expert_steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Train one model on all noise levels, two experts from it, and write those."""
+    vae, text = _vae(output), _text_encoder(output)
+    clips, captions = training_clips(work / "clips", num_scenes)
+    context, empty = contexts(text, captions)
+    latents = encode_all(vae.network, clips, work / "dit_latents.safetensors")
+    material = Material(latents=latents, context=context, empty_context=empty)
+
+    def look(name: str, experts: dict[Expert, WanDiT]) -> None:
+        contact_sheet(work / f"{name}.png", vae, text, experts, seed=seed, scale=None)
+
+    both = train_dit(
+        VARIANT,
+        material,
+        work / "dit_both.pt",
+        expert=None,
+        start=None,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        on_save=lambda dit, step: look(f"both_{step:05d}", {"high": dit, "low": dit}),
+    )
+    for expert, folder in EXPERT_FOLDERS.items():
+        dit = train_dit(
+            VARIANT,
+            material,
+            work / f"dit_{expert}.pt",
+            expert=expert,
+            start=both,
+            steps=expert_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate / 3,
+            seed=seed,
+        )
+        save_dit(dit.to(STORED), output / folder)
+
+
+def evaluate_stage(output: Path, work: Path, *, scale: float | None, seed: int) -> None:
+    """Print the VAE's figures; write contact sheets of reconstructions and of clips generated from captions alone."""
+    vae, text = _vae(output), _text_encoder(output)
+    quality = evaluate_vae(vae)
+    print(
+        f"VAE, {len(quality)} held-out clips of 17 x 64 x 96: PSNR {quality.mean():.2f} dB, worst {quality.min():.2f} dB"
+    )
+    videos = to_video(held_out_clips(4)[0])
+    pairs = torch.stack([videos, vae.decode(vae.encode(videos))], dim=1).flatten(0, 1)
+    save_sheet(pairs, work / "vae.png")
+    experts: dict[Expert, WanDiT] = {
+        expert: load_dit(output / folder, VARIANT, dtype=torch.float32) for expert, folder in EXPERT_FOLDERS.items()
+    }
+    contact_sheet(work / "generated.png", vae, text, experts, seed=seed, scale=scale)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"all files of {output}: {size / 1e6:.1f} MB")
+    print(f"look at {work / 'vae.png'} (clip above its reconstruction) and {work / 'generated.png'}")
+
+
+def contact_sheet(
+    file: Path, vae: WanVAE, text: TextEncoder, experts: dict[Expert, WanDiT], *, seed: int, scale: float | None
+) -> None:
+    """Generate clips of the first held-out scenes from their captions alone, and write one row of frames for each."""
+    context, empty = contexts(text, [caption(make_scene(scene)) for scene in range(SHEET_SCENES)])
+    shape = (VARIANT.dit.out_dim, 5, VARIANT.height // 8, VARIANT.width // 8)
+    latents = generate(VARIANT, experts, context, empty, shape=shape, seed=seed, scale=scale)
+    save_sheet(vae.decode(latents), file)
+
+
+def save_sheet(videos: Tensor, file: Path, *, enlarge: int = 2) -> None:
+    """Six frames of every clip, [N, 3, T, H, W] in [-1, 1], as a picture; two clips beside each other."""
+    shown = videos[:, :, :: (videos.shape[2] - 1) // 5][:, :, :6]
+    picture = rearrange(shown, "(n two) c t h w -> (n h) (two t w) c", two=2)
+    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    image = Image.fromarray(pixels)
+    with atomic_path(file) as temporary:
+        image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST).save(
+            temporary, format="PNG"
+        )
+
+
+def contexts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Contexts [N, S, D] of captions, zero-padded to the longest that the model takes, and that of "" [S, D]."""
+    known = {caption: features.float() for caption, features in zip(dict.fromkeys(captions), _encode(text, captions))}
+
+    def padded(features: Tensor) -> Tensor:
+        return torch.nn.functional.pad(features, (0, 0, 0, text.text_len - len(features)))
+
+    (empty,) = text.encode([""])
+    return torch.stack([padded(known[caption]) for caption in captions]), padded(empty.float())
+
+
+def _encode(text: TextEncoder, captions: list[str]) -> list[Tensor]:
+    return text.encode(list(dict.fromkeys(captions)))
+
+
+def _vae(output: Path) -> WanVAE:
+    return load_vae(output / VAE_FILE, VARIANT.vae)
+
+
+def _text_encoder(output: Path) -> TextEncoder:
+    return load_text_encoder(
+        output / TEXT_FILE, VARIANT.text_encoder, tokenizer=None, text_len=VARIANT.dit.text_len, dtype=torch.float32
+    )
