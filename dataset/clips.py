@@ -136,8 +136,7 @@ def _lengths(where: str, dataset: DatasetSettings, temporal_stride: int) -> list
     for length, fit in fitting.items():
         if length != fit:
             log.warning(
-                "%s %s: %d is not of the form %dn+1 that the VAE encodes; using %d",
-                *(where, name, length, temporal_stride, fit),
+                f"{where} {name}: {length} is not of the form {temporal_stride}n+1 that the VAE encodes; using {fit}"
             )
     return sorted(set(fitting.values()))
 
@@ -205,9 +204,10 @@ def _clips_of(
         samples=dataset.frame_sample,
     )
     if not found:
+        sampled = " after sampling" if len(frames) < info.num_frames else ""
         log.warning(
-            "%s: %s gives no clip: it has %d frames%s and the shortest clip asked for has %d",
-            *(where, source.path, len(frames), " after sampling" if len(frames) < info.num_frames else "", lengths[0]),
+            f"{where}: {source.path} gives no clip: it has {len(frames)} frames{sampled} and the shortest clip asked "
+            f"for has {lengths[0]}"
         )
     crop = _crop(where, dataset, source.path, info, spatial_stride)
     return [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +55,15 @@ def camera_path(num_frames: int = T, height: int = HEIGHT, width: int = WIDTH) -
     return truck(0.6, num_frames=num_frames, height=height, width=width, fov_degrees=70, fps=FPS)
 
 
+@functools.cache
+def dot_video(num_frames: int, height: int, width: int) -> bytes:
+    """The mp4 of `dot_frames`, encoded once for all tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "dot.mp4"
+        write_video(dot_frames(camera_path(num_frames, height, width)), file, FPS)
+        return file.read_bytes()
+
+
 @dataclass
 class World:
     """The folder of a test's data set."""
@@ -70,7 +81,8 @@ class World:
     def add_video(self, name: str = "0000.mp4", num_frames: int = T, height: int = HEIGHT, width: int = WIDTH) -> Path:
         path = camera_path(num_frames, height, width)
         file = self.videos / name
-        write_video(dot_frames(path), file, FPS)
+        self.videos.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(dot_video(num_frames, height, width))
         file.with_suffix(".txt").write_text(f"a dot in {file.stem}\n")
         self.cameras.mkdir(exist_ok=True)
         write_ten(path, self.cameras / f"{file.stem}.txt")
