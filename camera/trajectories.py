@@ -37,7 +37,7 @@ def smooth_random_path(
 ) -> CameraPath:
     """A random path that stays inside its bounds: cubic B-splines whose control values are drawn uniformly within them.
 
-    A B-spline lies in the convex hull of its control values, so no frame can leave the bounds.
+    A B-spline lies in the convex hull of its control values, so no frame leaves the bounds by more than rounding.
 
     Args:
         seed: the same seed gives the same path.
@@ -66,7 +66,6 @@ def smooth_random_path(
     inner_knots = np.linspace(0, 1, num_controls - _SPLINE_DEGREE + 1)
     knots = np.pad(inner_knots, _SPLINE_DEGREE, mode="edge")
     values = BSpline(knots, controls, _SPLINE_DEGREE)(np.linspace(0, 1, num_frames))  # [T, 5]
-    values = values.clip(low, high)  # rounding only
     positions, yaw, pitch = values[:, :3], values[:, 3], values[:, 4]
     if look_at is not None:
         towards = np.asarray(look_at, dtype=np.float64) - positions  # [T, 3]

@@ -211,6 +211,7 @@ def replaced(row: str, column: int, value: str) -> str:
         (f"clip\n{TEN}", "re10k", 2, "found 10"),
         (f"clip\n{replaced(RE10K, 9, 'inf')}", "auto", 2, "'inf' in column 9"),
         (replaced(RE10K, 1, "frame0"), "auto", 1, "'frame0' in column 1"),
+        (f"\nclip\n{RE10K}", "re10k", 2, "'clip' in column 1"),
         (f"clip\n{replaced(RE10K, 8, '1.1')}", "auto", 2, "no rotation"),
         (f"clip\n{replaced(RE10K, 8, '-1')}", "auto", 2, "determinant -1"),
         (f"clip\n{replaced(RE10K, 2, '0')}", "auto", 2, "positive focal"),
