@@ -30,7 +30,7 @@ from memory.runners import BlockRunner, run_plain
 from wan_ext.attention import attention, check_backend
 from wan_ext.condition import CameraCondition, add_camera
 from wan_ext.configs import DiTConfig
-from wan_ext.norms import LayerNorm, RMSNorm
+from wan_ext.norms import LayerNorm, ModulatedNorm, RMSNorm
 from wan_ext.rope import rope_table, rotate
 
 CLIP_NORM_EPS = 1e-5
@@ -196,11 +196,11 @@ class WanBlock(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         dim = config.dim
-        self.norm1 = LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.norm1 = ModulatedNorm(config.eps)
         self.self_attn = SelfAttention(config)
         self.norm3 = LayerNorm(dim, config.eps)
         self.cross_attn = CrossAttention(config)
-        self.norm2 = LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.norm2 = ModulatedNorm(config.eps)
         self.ffn = nn.Sequential(
             nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
         )
@@ -225,9 +225,9 @@ class WanBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (
             self.modulation.float()[:, None] + modulation
         ).unbind(2)  # [B, 1|F, D]
-        x = add_gated(x, self.self_attn(modulate(self.norm1(x), shift_attn, scale_attn, dtype), rope), gate_attn)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), context, image_context)
-        return add_gated(x, self.ffn(modulate(self.norm2(x), shift_ffn, scale_ffn, dtype)), gate_ffn)
+        x = add_gated(x, self.self_attn(self.norm1(x, shift_attn, scale_attn, dtype), rope), gate_attn)
+        x = x + self.cross_attn(self.norm3(x, dtype), context, image_context)
+        return add_gated(x, self.ffn(self.norm2(x, shift_ffn, scale_ffn, dtype)), gate_ffn)
 
 
 class SelfAttention(nn.Module):
@@ -302,7 +302,7 @@ class ImageEmbedding(nn.Module):
         x = image_context.float()
         if hasattr(self, "emb_pos"):
             x = x + self.emb_pos
-        return norm_out(second(gelu(first(norm_in(x).to(dtype))))).to(dtype)
+        return norm_out(second(gelu(first(norm_in(x, dtype)))).float(), dtype)
 
 
 class Head(nn.Module):
@@ -310,25 +310,14 @@ class Head(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.norm = ModulatedNorm(config.eps)
         self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [B, L, D], time [B, 1|F, D] -> float32 [B, L, out_dim * patch]"""
         shift, scale = (self.modulation.float()[:, None] + time[:, :, None]).unbind(2)  # [B, 1|F, D]
-        return run_float32(self.head, modulate(self.norm(x), shift, scale, torch.float32))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * (1 + scale) + shift, each latent frame with its own; then `dtype`.
-
-    Args:
-        x: float32. [B, L, D]
-        shift, scale: float32. [B, 1|F, D]
-    """
-    frames = x.unflatten(1, (shift.shape[1], -1))  # [B, 1|F, L/F, D]
-    return torch.addcmul(shift[:, :, None], frames, 1 + scale[:, :, None]).flatten(1, 2).to(dtype)
+        return run_float32(self.head, self.norm(x, shift, scale, torch.float32))
 
 
 def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
