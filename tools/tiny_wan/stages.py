@@ -92,7 +92,7 @@ def dit_stage(
             learning_rate=learning_rate / 3,
             seed=seed,
         )
-        save_dit(dit.to(STORED), output / folder)
+        save_dit(dit, output / folder, dtype=STORED)
 
 
 def evaluate_stage(output: Path, work: Path, *, scale: float | None, seed: int) -> None:
@@ -100,7 +100,8 @@ def evaluate_stage(output: Path, work: Path, *, scale: float | None, seed: int) 
     vae, text = _vae(output), _text_encoder(output)
     quality = evaluate_vae(vae)
     print(
-        f"VAE, {len(quality)} held-out clips of 17 x 64 x 96: PSNR {quality.mean():.2f} dB, worst {quality.min():.2f} dB"
+        f"VAE, {len(quality)} held-out clips of 17 x 64 x 96: "
+        f"mean PSNR {quality.mean():.2f} dB, worst {quality.min():.2f} dB"
     )
     videos = to_video(held_out_clips(4)[0])
     pairs = torch.stack([videos, vae.decode(vae.encode(videos))], dim=1).flatten(0, 1)
@@ -138,17 +139,14 @@ def save_sheet(videos: Tensor, file: Path, *, enlarge: int = 2) -> None:
 
 def contexts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor]:
     """Contexts [N, S, D] of captions, zero-padded to the longest that the model takes, and that of "" [S, D]."""
-    known = {caption: features.float() for caption, features in zip(dict.fromkeys(captions), _encode(text, captions))}
+    unique = list(dict.fromkeys(captions))
+    known = dict(zip(unique, text.encode(unique), strict=True))
 
     def padded(features: Tensor) -> Tensor:
         return torch.nn.functional.pad(features, (0, 0, 0, text.text_len - len(features)))
 
     (empty,) = text.encode([""])
-    return torch.stack([padded(known[caption]) for caption in captions]), padded(empty.float())
-
-
-def _encode(text: TextEncoder, captions: list[str]) -> list[Tensor]:
-    return text.encode(list(dict.fromkeys(captions)))
+    return torch.stack([padded(known[caption].float()) for caption in captions]), padded(empty.float())
 
 
 def _vae(output: Path) -> WanVAE:
