@@ -175,7 +175,7 @@ class _HostBlock:
                 offset = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
                 self.packed.append(_Packed(owner, name, tensor, offset))
                 end = self.packed[-1].end
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # so that training may follow
             self.buffer = copies.host_buffer(end)
             self.views = [packed.view(self.buffer) for packed in self.packed]
             for packed, view in zip(self.packed, self.views, strict=True):
@@ -194,15 +194,13 @@ class _HostBlock:
                     f"{type(packed.owner).__name__}.{packed.name} of a swapped block was moved or replaced after "
                     "SwappedBlocks was made; move the rest of a model with move_all_but, or make a new SwappedBlocks"
                 )
-        with torch.inference_mode(False):
-            for packed in self.packed:
-                packed.tensor.data = packed.view(buffer)
+        for packed in self.packed:
+            packed.tensor.data = packed.view(buffer)
 
     def unbind(self) -> None:
         """Let the block's tensors show their host memory again."""
-        with torch.inference_mode(False):
-            for packed, view in zip(self.packed, self.views, strict=True):
-                packed.tensor.data = view
+        for packed, view in zip(self.packed, self.views, strict=True):
+            packed.tensor.data = view
 
 
 class _Place:
@@ -222,7 +220,7 @@ class _Ring:
         self._hosts = hosts
         size = max(host.buffer.numel() for host in hosts)
         with torch.inference_mode(False):
-            self._places = [_Place(copies.slot(size)) for _ in hosts[:2]]  # least recently used first
+            self._places = [_Place(copies.slot(size)) for _ in hosts[:2]]
         self.num_blocks = len(hosts)
         self.num_bytes = size * len(self._places)
 
@@ -246,7 +244,7 @@ class _Ring:
             current.in_use = False
 
     def _fetch(self, place: int) -> _Place:
-        """Return the slot that holds a block, or start copying it into the one that was used longest ago."""
+        """Return the slot that holds a block, or start copying it into one that is not in use."""
         content = (place, self._hosts[place].versions())
         found = next((candidate for candidate in self._places if candidate.content == content), None)
         if found is None:
@@ -254,11 +252,8 @@ class _Ring:
             if found is None:
                 raise RuntimeError("a swapped block was run while another one was running")
             found.content = None  # should the copy fail
-            with torch.inference_mode(False), torch.no_grad():
-                self._copies.copy(found.slot, self._hosts[place].buffer)
+            self._copies.copy(found.slot, self._hosts[place].buffer)
             found.content = content
-        self._places.remove(found)
-        self._places.append(found)
         return found
 
 

@@ -96,8 +96,9 @@ def test_zero_and_vanishing_runs_stay_clean() -> None:
     weight[1] = 0.0
     weight[2, 64:] = 0.0
     weight[3] = 1e-44  # below what a scale can resolve
-    back = dequantize(*quantize(weight), torch.bfloat16)
-    assert torch.isfinite(back).all()
+    values, scale = quantize(weight)
+    back = dequantize(values, scale, torch.bfloat16)
+    assert torch.isfinite(back).all() and not torch.isnan(values.float()).any()
     assert (back[1] == 0).all() and (back[2, 64:] == 0).all() and (back[3].abs() < 1e-38).all()
     assert (back[0] != 0).any()
 
@@ -206,14 +207,17 @@ def test_nothing_is_kept_without_gradients() -> None:
         assert not layer(gaussian(4, 64).requires_grad_()).requires_grad
 
 
-def test_autocast_decides_the_dtype_as_for_a_plain_linear() -> None:
+def test_autocast_decides_the_dtype_as_for_a_plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = quant_linear(32, 64)
+    made: list[torch.dtype] = []
+    monkeypatch.setattr("memory.quant.dequantize", lambda v, s, dtype: made.append(dtype) or dequantize(v, s, dtype))
     x = gaussian(4, 64, std=1.0).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     (grad,) = torch.autograd.grad(y.float().square().sum(), x)
     assert y.dtype == torch.bfloat16 and torch.equal(y, layer(x.bfloat16()))
     assert grad.dtype == torch.float32 and grad.abs().sum() > 0
+    assert set(made) == {torch.bfloat16}  # no float32 weight on the way
 
 
 def test_moving_and_casting_a_model_leaves_the_eight_bits() -> None:

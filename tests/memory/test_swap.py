@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import InputError
-from memory.device import CpuCopies
+from memory.device import CpuCopies, CpuSlot
 from memory.runners import BlockRunner, run_checkpointed, run_plain
 from memory.swap import SwappedBlocks, move_all_but
 from tests.memory.tiny_blocks import Block, frozen, inputs, make_blocks, trainable
@@ -80,6 +80,7 @@ def test_made_in_inference_mode_it_still_trains() -> None:
     with torch.inference_mode():
         runner = swapped(blocks)
     assert_same(results(runner, blocks), results(run_checkpointed, plain))
+    assert_same(results(run_plain, blocks), results(run_plain, plain))  # its weights outside of a run serve too
 
 
 @pytest.mark.parametrize("second_needs_gradients", [True, False])
@@ -152,6 +153,17 @@ def test_blocks_of_different_sizes() -> None:
     assert_same(results(swapped(blocks, 4), blocks), results(run_checkpointed, plain))
 
 
+def test_a_frozen_weight_that_a_block_uses_twice() -> None:
+    def make() -> nn.ModuleList:
+        blocks = make_blocks(hidden=64)
+        for block in blocks:
+            block.second.weight = block.first.base.weight
+        return blocks
+
+    blocks, plain = make(), make()
+    assert_same(results(swapped(blocks, 5), blocks), results(run_checkpointed, plain))
+
+
 def test_arguments_that_are_no_tensors_reach_the_blocks() -> None:
     x, shift = inputs()
     blocks, plain = make_blocks(), make_blocks()
@@ -209,45 +221,100 @@ def test_backward_keeps_inputs_and_adapters_of_swapped_blocks_and_no_weights() -
     assert len(kept) == 3 * (2 + 2)
 
 
-class Counted(CpuCopies):
-    """CPU transfers that are counted."""
+def test_checkpoint_says_whether_resident_blocks_are_recomputed() -> None:
+    kept: dict[bool, list[Tensor]] = {True: [], False: []}
+    for checkpoint, tensors in kept.items():
+        blocks = make_blocks()
+        runner = swapped(blocks, 2, checkpoint)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, tensors=tensors: tensors.append(t) or t, lambda t: t):
+            runner(blocks, *inputs())
+    assert len(kept[True]) < len(kept[False])
+
+
+def test_inputs_are_kept_by_autograd_only_so_that_its_hooks_can_move_them_away() -> None:
+    blocks = make_blocks()
+    runner = swapped(blocks, 5)
+    saved: list[weakref.ref] = []
+
+    def move_away(tensor: Tensor) -> Tensor:
+        if not tensor.is_leaf:
+            saved.append(weakref.ref(tensor))
+        return tensor.clone()
+
+    x, shift = inputs()
+    with torch.autograd.graph.saved_tensors_hooks(move_away, lambda tensor: tensor):
+        y = runner(blocks, x, shift)
+    assert len(saved) == 4 and all(reference() is None for reference in saved)
+    y.sum().backward()
+
+
+class Logged(CpuCopies):
+    """CPU transfers that write down what was asked of them, and for which slot."""
 
     def __init__(self) -> None:
-        self.copies = 0
+        self.log: list[tuple[str, int]] = []
 
-    def copy(self, slot, source) -> None:  # type: ignore[no-untyped-def]
-        self.copies += 1
+    def copy(self, slot: CpuSlot, source: Tensor) -> None:
+        self.log.append(("copy", id(slot)))
         super().copy(slot, source)
+
+    def wait(self, slot: CpuSlot) -> None:
+        self.log.append(("wait", id(slot)))
+        super().wait(slot)
+
+    def done(self, slot: CpuSlot) -> None:
+        self.log.append(("done", id(slot)))
+
+    def copies(self) -> int:
+        return sum(kind == "copy" for kind, _ in self.log)
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
-    copies = Counted()
+def logged(monkeypatch: pytest.MonkeyPatch) -> Logged:
+    copies = Logged()
     monkeypatch.setattr("memory.swap.copies_for", lambda device: copies)
-    yield copies
+    return copies
 
 
 @pytest.mark.parametrize("num_swapped, training, forward", [(5, 6, 5), (3, 2, 3), (2, 0, 0), (1, 0, 0)])
-def test_transfers_of_a_step(counted: Counted, num_swapped: int, training: int, forward: int) -> None:
+def test_transfers_of_a_step(logged: Logged, num_swapped: int, training: int, forward: int) -> None:
     blocks = make_blocks()
     runner = swapped(blocks, num_swapped)
     results(runner, blocks)
-    counted.copies = 0
+    logged.log.clear()
     results(runner, blocks)
-    assert counted.copies == training  # both ways, without the two blocks that are in their slots at each turn
+    assert logged.copies() == training  # both ways, without the two blocks that are in their slots at each turn
     with torch.no_grad():
         runner(blocks, *inputs())
-        counted.copies = 0
+        logged.log.clear()
         runner(blocks, *inputs())
-    assert counted.copies == forward
+    assert logged.copies() == forward
 
 
-def test_swapping_nothing_moves_nothing(counted: Counted) -> None:
+@pytest.mark.parametrize("num_swapped", [3, 5])
+def test_a_block_is_copied_while_the_one_before_it_runs(logged: Logged, num_swapped: int) -> None:
+    blocks = make_blocks()
+    runner = swapped(blocks, num_swapped)
+    results(runner, blocks)
+    logged.log.clear()
+    results(runner, blocks)
+    with torch.no_grad():
+        runner(blocks, *inputs())
+        runner(blocks, *inputs())
+    running: int | None = None
+    for (kind, slot), (following, next_slot) in zip(logged.log, logged.log[1:], strict=False):
+        if kind == "copy":
+            assert slot != running  # never into the slot that is read
+            assert following == "wait" and next_slot != slot  # and never for the block that waits now
+        running = slot if kind == "wait" else None if kind == "done" else running
+
+
+def test_swapping_nothing_moves_nothing(logged: Logged) -> None:
     blocks = make_blocks()
     before = [tensor.data_ptr() for tensor in frozen(blocks)]
     runner = swapped(blocks, 0)
     assert_same(results(runner, blocks), results(run_checkpointed, make_blocks()))
-    assert runner.host_bytes == runner.device_bytes == counted.copies == 0
+    assert runner.host_bytes == runner.device_bytes == logged.copies() == 0
     assert [tensor.data_ptr() for tensor in frozen(blocks)] == before
 
 
@@ -359,6 +426,24 @@ def test_after_an_exception_in_mid_run_weights_are_true_and_the_next_run_is_righ
     for parameter in trainable(blocks):
         parameter.grad = None
     assert_same(results(runner, blocks), results(run_checkpointed, plain))
+
+
+def test_after_a_failed_transfer_the_next_run_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = make_blocks()
+    runner = swapped(blocks, 5)
+    results(runner, blocks)
+    with monkeypatch.context() as patch:
+
+        def fail(self: CpuCopies, slot: CpuSlot, source: Tensor) -> None:
+            slot.buffer.fill_(0xFF)
+            raise MemoryError
+
+        patch.setattr(CpuCopies, "copy", fail)
+        with pytest.raises(MemoryError):
+            runner(blocks, *inputs())
+    for parameter in trainable(blocks):
+        parameter.grad = None
+    assert_same(results(runner, blocks), results(run_checkpointed, make_blocks()))
 
 
 def test_running_swapped_blocks_inside_one_another_is_refused() -> None:

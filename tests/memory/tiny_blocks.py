@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from memory.quant import QuantLinear
 
@@ -19,7 +20,8 @@ class Lora(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.dropout(x) @ self.down.to(x.dtype).T @ self.up.to(x.dtype).T
+        down = F.linear(self.dropout(x), self.down.to(x.dtype))
+        return self.base(x) + F.linear(down, self.up.to(x.dtype))
 
 
 class Block(nn.Module):
@@ -45,7 +47,7 @@ class Block(nn.Module):
         y = self.norm(x) + self.modulation if shift is None else self.norm(x) + (self.modulation + shift)
         if options is not None:
             y = y * options["factor"]
-        return x + self.second(torch.nn.functional.gelu(self.first(y))) * self.table.to(x.dtype)
+        return x + self.second(F.gelu(self.first(y))) * self.table.to(x.dtype)
 
 
 def make_blocks(count: int = 5, **settings) -> nn.ModuleList:  # type: ignore[no-untyped-def]
