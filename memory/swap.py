@@ -296,7 +296,7 @@ class _Call:
             if self._device_random is not None:
                 torch.cuda.set_rng_state(self._device_random, self.device)
             for kind, enabled, dtype in self._autocast:
-                # Without its cache: forward ran without gradients, and what it cached has none.
+                # Without its cache: older PyTorch returns from it what forward cast without gradients.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             stack.enter_context(torch.enable_grad())
             yield
