@@ -281,14 +281,17 @@ def adapters_from_weights(dit: nn.Module, weights: Mapping[str, Tensor]) -> dict
         if missing:
             raise InputError(f"{LORA_PREFIX}{name}: expected {DOWN} and {UP}, found no {missing[0]}")
         down, up = parts[name][DOWN], parts[name][UP]
-        rank = down.shape[0]
+        rank = down.shape[0] if down.ndim == 2 else 0
         size = _size(linears[name])
-        if down.shape != (rank, size[1]) or up.shape != (size[0], rank):
+        if rank == 0 or down.shape != (rank, size[1]) or up.shape != (size[0], rank):
             raise InputError(
                 f"{LORA_PREFIX}{name}: expected {DOWN} [rank, {size[1]}] and {UP} [{size[0]}, rank] of this model, "
                 f"found {[*down.shape]} and {[*up.shape]}; the LoRA belongs to another model"
             )
-        alpha = float(parts[name][ALPHA]) if ALPHA in parts[name] else float(rank)
+        given = parts[name].get(ALPHA)
+        if given is not None and (given.numel() != 1 or not 0 < float(given) < float("inf")):
+            raise InputError(f"{LORA_PREFIX}{name}.{ALPHA}: expected one number above 0, found {given.tolist()}")
+        alpha = float(rank) if given is None else float(given)
         device = _device_of(linears[name])
         adapters[name] = LoRAAdapter(down.to(device, torch.float32), up.to(device, torch.float32), alpha=alpha)
     return adapters

@@ -256,6 +256,8 @@ def test_missing_and_unexpected_weights_are_refused(kind: str, tmp_path: Path) -
         ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "lora_unet_blocks_0_self_attn_q.* unexpected key"),
         ("diffusion_model.blocks.0.norm3.diff", "norm3.diff: unexpected key"),
         ("diffusion_model.head.head.lora_A.weight", "has no linear head.head"),
+        ("diffusion_model.blocks.0.ffn.0.alpha", "ffn.0.alpha: expected one number above 0"),
+        ("diffusion_model.blocks.0.ffn.0.lora_B.weight", r"expected .*\[160, rank\] of this model, found .*\[4, 96\]"),
     ):
         path = save(tmp_path, kind)
         change(path, {name: torch.zeros(4, 96)})
