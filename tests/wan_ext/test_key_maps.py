@@ -32,6 +32,8 @@ def test_vae_names_are_those_of_diffusers(num_res_blocks):
     tensors = build_vae(config).state_dict()
     native = {vae_native_name(key, num_res_blocks=num_res_blocks, is_residual=False): t for key, t in tensors.items()}
     assert len(native) == len(tensors)
+    numbers = {int(key.split(".")[2]) for key in native if key.startswith("decoder.upsamples.")}
+    assert numbers == set(range(4 * (num_res_blocks + 1) + 3))  # blocks of four stages, a resampler between each two
     if num_res_blocks == 2:  # the converter knows no other depth
         again = convert_wan_vae_to_diffusers(dict(native))
         assert again.keys() == tensors.keys()

@@ -47,6 +47,7 @@ def test_a_long_prompt_is_cut_and_keeps_its_end(folder):
     [
         ("  a  ball\n\ton a   floor ", "a ball on a floor"),
         ("salt &amp;amp; pepper &lt;3", "salt & pepper <3"),
+        ("x < y &amp;amp; z", "x < y & z"),  # ftfy leaves entities alone beside a literal <
         ("donâ€™t blur", "don't blur"),
     ],
 )
