@@ -42,6 +42,7 @@ def write_tokenizer_json(path: Path, *, data: bytes) -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2, byte_fallback=False))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.add_special_tokens(["</s>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.save(str(path))
 
 
