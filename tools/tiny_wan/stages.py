@@ -9,6 +9,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from core.errors import InputError
 from core.files import atomic_path
 from scenes.scene import caption, make_scene
 from tools.tiny_wan.clips import held_out_clips, to_video, training_clips
@@ -51,53 +52,48 @@ def dit_stage(
     output: Path,
     work: Path,
     *,
+    expert: Expert | None,
     num_scenes: int,
     steps: int,
-    expert_steps: int,
     learning_rate: float,
     batch_size: int,
     seed: int,
 ) -> None:
-    """Train one model on all noise levels, two experts from it, and write those."""
-    vae, text = _vae(output), _text_encoder(output)
+    """Train the model on all noise levels, or from it an expert, which is written.
+
+    Args:
+        output, work: folders of the finished model and of what leads to it.
+        expert: which; None for the model that both start from.
+        num_scenes, steps, learning_rate, batch_size, seed: of the training.
+    """
+    text = text_encoder_in(output)
     clips, captions = training_clips(work / "clips", num_scenes)
     context, empty = contexts(text, captions)
-    latents = encode_all(vae.network, clips, work / "dit_latents.safetensors")
-    material = Material(latents=latents, context=context, empty_context=empty)
-
-    def look(name: str, experts: dict[Expert, WanDiT]) -> None:
-        contact_sheet(work / f"{name}.png", vae, text, experts, seed=seed, scale=None)
-
-    both = train_dit(
+    latents = encode_all(vae_in(output).network, clips, work / "dit_latents.safetensors")
+    start = None
+    if expert is not None:
+        if not (work / "dit_both.pt").exists():
+            raise InputError(f"{work}: expected dit_both.pt, which the experts start from; run the stage both first")
+        start = WanDiT(VARIANT.dit)
+        start.load_state_dict(torch.load(work / "dit_both.pt", weights_only=True)["average"])
+    dit = train_dit(
         VARIANT,
-        material,
-        work / "dit_both.pt",
-        expert=None,
-        start=None,
+        Material(latents=latents, context=context, empty_context=empty),
+        work / f"dit_{expert or 'both'}.pt",
+        expert=expert,
+        start=start,
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
-        on_save=lambda dit, step: look(f"both_{step:05d}", {"high": dit, "low": dit}),
     )
-    for expert, folder in EXPERT_FOLDERS.items():
-        dit = train_dit(
-            VARIANT,
-            material,
-            work / f"dit_{expert}.pt",
-            expert=expert,
-            start=both,
-            steps=expert_steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate / 3,
-            seed=seed,
-        )
-        save_dit(dit, output / folder, dtype=STORED)
+    if expert is not None:
+        save_dit(dit, output / EXPERT_FOLDERS[expert], dtype=STORED)
 
 
 def evaluate_stage(output: Path, work: Path, *, scale: float | None, seed: int) -> None:
     """Print the VAE's figures; write contact sheets of reconstructions and of clips generated from captions alone."""
-    vae, text = _vae(output), _text_encoder(output)
+    vae, text = vae_in(output), text_encoder_in(output)
     quality = evaluate_vae(vae)
     print(
         f"VAE, {len(quality)} held-out clips of 17 x 64 x 96: "
@@ -149,11 +145,13 @@ def contexts(text: TextEncoder, captions: list[str]) -> tuple[Tensor, Tensor]:
     return torch.stack([padded(known[caption].float()) for caption in captions]), padded(empty.float())
 
 
-def _vae(output: Path) -> WanVAE:
+def vae_in(output: Path) -> WanVAE:
+    """The autoencoder of a finished model."""
     return load_vae(output / VAE_FILE, VARIANT.vae)
 
 
-def _text_encoder(output: Path) -> TextEncoder:
+def text_encoder_in(output: Path) -> TextEncoder:
+    """The text encoder of a finished model."""
     return load_text_encoder(
         output / TEXT_FILE, VARIANT.text_encoder, tokenizer=None, text_len=VARIANT.dit.text_len, dtype=torch.float32
     )

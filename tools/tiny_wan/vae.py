@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -128,7 +129,7 @@ def _crops(
     return latent, to_video(clip)
 
 
-def _with_average(parameters: list[nn.Parameter], average: list[Tensor], function):  # type: ignore[no-untyped-def]
+def _with_average(parameters: list[nn.Parameter], average: list[Tensor], function: Callable[[], Tensor]) -> Tensor:
     """Call a function while the parameters hold their averages."""
     kept = [parameter.detach().clone() for parameter in parameters]
     for parameter, value in zip(parameters, average, strict=True):
