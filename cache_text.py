@@ -30,8 +30,6 @@ class Options:
     """Run the text encoder on the CPU."""
     fp8_t5: bool = False
     """Keep the encoder's linear weights in 8 bits: 6 GB instead of 11 GB for umT5-XXL."""
-    batch_size: int = 8
-    """Captions encoded at once."""
     device: str | None = None
     """Default: cuda where there is one, else cpu."""
     skip_existing: bool = False
@@ -68,6 +66,7 @@ def main(options: Options) -> None:
     clips = list_clips(config, spatial_stride=variant.spatial_stride, temporal_stride=variant.vae.stride[0])
 
     encoder = fingerprint(files.t5)
+    clips = list({clip.text_cache: clip for clip in clips}.values())  # clips cut from one video share its caption
     todo = clips
     if options.skip_existing:
         todo = [clip for clip in clips if not cache.is_current(clip, "text", encoder=encoder)]
@@ -80,17 +79,13 @@ def main(options: Options) -> None:
         variant.text_encoder,
         tokenizer=files.tokenizer,
         text_len=variant.dit.text_len,
-        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+        dtype=torch.bfloat16,
         device=device,
         quantize=options.fp8_t5,
     )
-    with tqdm(total=len(todo), desc="text", unit="caption") as progress:
-        for start in range(0, len(todo), options.batch_size):
-            batch = todo[start : start + options.batch_size]
-            contexts = text_encoder.encode([clip.caption for clip in batch])  # each [S, D]
-            for clip, context in zip(batch, contexts, strict=True):
-                cache.write_text(clip, context.cpu(), encoder=encoder)
-                progress.update()
+    for clip in tqdm(todo, desc="text", unit="caption"):
+        (context,) = text_encoder.encode([clip.caption])  # [S, D]
+        cache.write_text(clip, context.cpu(), encoder=encoder)
 
 
 if __name__ == "__main__":

@@ -338,7 +338,7 @@ def encode_text(
         variant.text_encoder,
         tokenizer=files.tokenizer,
         text_len=variant.dit.text_len,
-        dtype=torch.float32 if text_device.type == "cpu" else torch.bfloat16,
+        dtype=torch.bfloat16,
         device=text_device,
         quantize=options.fp8_t5,
     )

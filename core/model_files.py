@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import InputError
+from core.hub import resolve
 
 # Names in the folders that Wan's authors publish, relative to `ckpt_dir`; the first that exists is taken.
 OFFICIAL_NAMES = {
@@ -20,6 +21,7 @@ OFFICIAL_NAMES = {
         "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",
     ),
 }
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ def resolve_model(
     needs: Sequence[str],
 ) -> ModelFiles:
     """Take each value from its flag, else from the `[model]` table, else from the official name inside `ckpt_dir`.
+
+    A path "hub:owner/name/file" is downloaded first; no other path touches the network (see `core.hub`).
 
     Args:
         flags: task, ckpt_dir, dit, dit_high_noise, vae, t5, tokenizer, clip as given on the command line, or None.
@@ -69,8 +73,8 @@ def resolve_model(
     paths: dict[str, Path] = {}
     for key, names in OFFICIAL_NAMES.items():
         if key in given:
-            paths[key] = Path(given[key])
-            if not paths[key].exists() and key != "tokenizer":
+            paths[key] = resolve(given[key], patterns=TOKENIZER_FILES if key == "tokenizer" else None)
+            if not paths[key].exists():
                 where = f"flag --{key}" if flags.get(key) is not None else f"{table_source}, [model] {key}"
                 raise InputError(f"{where}: expected a file or folder at {paths[key]}, found nothing")
         elif "ckpt_dir" in given:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, listing
-from wan_ext.hub import resolve
+from core.hub import resolve
 from wan_ext.tensor_files import TensorFile, open_file, what_it_is
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # how single files of ComfyUI name a diffusion model

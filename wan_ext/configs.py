@@ -152,7 +152,8 @@ VAE_2_2 = VAEConfig(
     latents_mean=(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
                   0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
                   -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723,
-                  -0.2839, -0.2083, -0.052, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+                  -0.2839, -0.2083, -0.052, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681,
+                  -0.0667),
     latents_std=(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
                  0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
                  0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
@@ -161,7 +162,7 @@ VAE_2_2 = VAEConfig(
 UMT5_XXL = TextEncoderConfig(vocab_size=256384, dim=4096, head_dim=64, ffn_dim=10240, num_layers=24, num_heads=64)
 CLIP_VIT_H = ImageEncoderConfig(dim=1280, ffn_dim=5120, num_layers=32, num_heads=16, patch_size=14, image_size=224)
 
-# The 14B transformer, with the input channels of text-to-video; the other rows are made from it and from these defaults.
+# The 14B transformer with the input channels of text-to-video. Most rows differ from it in a few numbers.
 DIT_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
 T2V_14B = WanVariant(
     name="t2v-14B", dit=DIT_14B, vae=VAE_2_1, text_encoder=UMT5_XXL, shift=5.0, steps=50, guidance_scale=5.0, fps=16,

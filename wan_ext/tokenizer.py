@@ -18,7 +18,7 @@ import sentencepiece
 import tokenizers
 
 from core.errors import InputError
-from wan_ext.hub import resolve
+from core.hub import resolve
 
 FILES = ("spiece.model", "tokenizer.json", "tokenizer.model")
 EOS = "</s>"

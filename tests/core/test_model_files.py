@@ -41,3 +41,20 @@ def test_a_path_that_does_not_exist_names_its_key(tmp_path):
         resolve_model(NO_FLAGS, table=table, table_source=tmp_path / "x.toml", needs=("vae",))
     with pytest.raises(InputError, match="Wan2.1_VAE.pth"):
         resolve_model(NO_FLAGS, table={"task": "tiny", "ckpt_dir": str(tmp_path)}, table_source=None, needs=("vae",))
+
+
+def test_only_paths_that_say_hub_are_downloaded(folder, monkeypatch):
+    asked = []
+
+    def download(repository, inside):
+        asked.append((repository, inside))
+        return str(folder / "Wan2.1_VAE.pth")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    table = {"task": "tiny", "vae": "Wan-AI/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth"}
+    with pytest.raises(InputError, match="found nothing"):
+        resolve_model(NO_FLAGS, table=table, table_source=None, needs=("vae",))
+    assert not asked
+    files = resolve_model(NO_FLAGS, table=table | {"vae": "hub:" + table["vae"]}, table_source=None, needs=("vae",))
+    assert asked == [("Wan-AI/Wan2.1-T2V-1.3B", "Wan2.1_VAE.pth")]
+    assert files.vae == folder / "Wan2.1_VAE.pth"
