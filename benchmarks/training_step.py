@@ -7,7 +7,8 @@ converter): forward, backward, AdamW. Four cases: float32 and bf16, with and wit
 
     seconds     median over the repeats, in which the two take turns within one process
     saved       bytes of activations that autograd keeps for backward (parameters and inputs not counted)
-    peak        growth of resident memory by three steps over what the model alone holds; one process for each figure
+    peak        the most that tensors made during a step hold at one time, gradients included (torch's profiler)
+    resident    growth of the process by two steps, over what the model and the libraries hold; one process a figure
 
 In bf16 the peer has its leanest form: adapters in bf16 too, and the modules in float32 that its loader keeps so. Ours
 keep float32 adapters and a float32 residual stream. "loss" is the relative difference of the two losses before the
@@ -16,6 +17,8 @@ first step, which shows that they do the same work.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
 import platform
@@ -54,6 +57,7 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from core.files import atomic_path
 from memory.runners import run_checkpointed, run_plain
@@ -77,6 +81,7 @@ class Figures:
     seconds: float
     saved_bytes: int
     peak_bytes: int
+    resident_bytes: int
     loss: float
 
 
@@ -89,12 +94,12 @@ def main(options: Options) -> None:
         if what == "time":
             result = take_turns(options, dtype, checkpointed)
         else:
-            result = peak_growth(*build(name, options, dtype, checkpointed))
+            result = resident_growth(*build(name, options, dtype, checkpointed))
         print(json.dumps(result))
         return
 
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {options.repeats} repeats; ours : {PEER} = ratio\n")
-    print(f"{'case':<26}{'seconds':>24}{'saved MiB':>22}{'peak MiB':>22}{'loss':>10}")
+    print(f"{'case':<26}{'seconds':>24}{'saved MiB':>22}{'peak MiB':>22}{'resident MiB':>22}{'loss':>10}")
     results = {}
     for dtype, checkpointing in CASES:
         figures = measure(options, dtype, checkpointing)
@@ -115,11 +120,14 @@ def measure(options: Options, dtype: str, checkpointing: bool) -> dict[str, Figu
     def child(what: str, name: str):
         own = ["--child", f"{what},{name},{dtype},{checkpointing}", "--repeats", str(options.repeats)]
         size = ["--dim", str(options.dim), "--layers", str(options.layers), "--threads", str(options.threads)]
-        done = subprocess.run([sys.executable, __file__, *own, *size], stdout=subprocess.PIPE, text=True, check=True)
+        # Tensors are given back to the system when they are freed, so that resident memory is what is in use.
+        env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(2**16)} if what == "memory" else {})
+        command = [sys.executable, __file__, *own, *size]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
         return json.loads(done.stdout.splitlines()[-1])
 
     timed = child("time", "both")
-    return {name: Figures(**timed[name], peak_bytes=child("memory", name)) for name in (OURS, PEER)}
+    return {name: Figures(**timed[name], resident_bytes=child("memory", name)) for name in (OURS, PEER)}
 
 
 def row(case: str, ours: Figures, peer: Figures) -> str:
@@ -130,7 +138,9 @@ def row(case: str, ours: Figures, peer: Figures) -> str:
     return (
         f"{case:<26}{pair(ours.seconds, peer.seconds, '.2f'):>24}"
         f"{pair(ours.saved_bytes / mib, peer.saved_bytes / mib, '.0f'):>22}"
-        f"{pair(ours.peak_bytes / mib, peer.peak_bytes / mib, '.0f'):>22}{abs(ours.loss / peer.loss - 1):>10.0e}"
+        f"{pair(ours.peak_bytes / mib, peer.peak_bytes / mib, '.0f'):>22}"
+        f"{pair(ours.resident_bytes / mib, peer.resident_bytes / mib, '.0f'):>22}"
+        f"{abs(ours.loss / peer.loss - 1):>10.0e}"
     )
 
 
@@ -242,7 +252,7 @@ def stepper(model: nn.Module, loss: Loss) -> Callable[[], float]:
 
 
 def take_turns(options: Options, dtype: str, checkpointing: bool) -> dict[str, dict[str, float]]:
-    """Seconds of a step (median), loss of the first, bytes saved for backward: of both, alternating."""
+    """Seconds of a step (median), loss of the first, bytes saved and at the peak: of both, alternating."""
     built = {name: build(name, options, dtype, checkpointing) for name in (OURS, PEER)}
     saved = {name: saved_bytes(*pair) for name, pair in built.items()}
     steps = {name: stepper(*pair) for name, pair in built.items()}
@@ -254,7 +264,12 @@ def take_turns(options: Options, dtype: str, checkpointing: bool) -> dict[str, d
             steps[name]()
             seconds[name].append(time.perf_counter() - started)
     return {
-        name: {"seconds": statistics.median(seconds[name]), "saved_bytes": saved[name], "loss": losses[name]}
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "saved_bytes": saved[name],
+            "peak_bytes": peak_bytes(steps[name]),
+            "loss": losses[name],
+        }
         for name in steps
     }
 
@@ -280,13 +295,24 @@ def saved_bytes(model: nn.Module, loss: Loss) -> int:
     return total
 
 
-def peak_growth(model: nn.Module, loss: Loss) -> int:
-    """By how many bytes three training steps raise the resident memory of this process at their peak (Linux)."""
-    loss().detach_()  # allocates what the libraries need once
+def peak_bytes(step: Callable[[], float]) -> int:
+    """The largest sum of what a step has allocated and not yet freed."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    assert profiled.profiler is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held)
+
+
+def resident_growth(model: nn.Module, loss: Loss) -> int:
+    """By how many bytes training steps raise the resident memory of this process at their peak (Linux)."""
+    step = stepper(model, loss)
+    step()  # loads what the libraries and the optimizer need once
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = memory_status("VmRSS")
-    step = stepper(model, loss)
-    for _ in range(3):
+    for _ in range(2):
         step()
     return memory_status("VmHWM") - before
 

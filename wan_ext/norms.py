@@ -58,11 +58,11 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         unit, rstd, gain = ctx.saved_tensors
         unit, grad = unit.to(rstd.dtype), grad.to(rstd.dtype).unflatten(1, unit.shape[1:3])
-        grad_x = grad_gain = grad_shift = None
+        grad_x = grad_gain = grad_shift = None  # autograd sums over what gain and shift were broadcast along
         if ctx.needs_input_grad[1]:
-            grad_gain = (grad * unit).sum(2).sum_to_size(gain.shape)
+            grad_gain = (grad * unit).sum(2)
         if ctx.needs_input_grad[2]:
-            grad_shift = grad.sum(2).sum_to_size(gain.shape)
+            grad_shift = grad.sum(2)
         if ctx.needs_input_grad[0]:
             grad_unit = grad * gain[:, :, None]
             mean = grad_unit.mean(-1, keepdim=True)

@@ -58,6 +58,16 @@ def test_an_unrestricted_law_is_its_definition(law):
 
 
 @pytest.mark.parametrize("law", LAWS)
+def test_a_law_reads_only_the_parameters_of_its_definition(law):
+    """Training hands all of them over, whatever the law."""
+    everything = {"shift": 7.0, "sigmoid_scale": 0.3, "logit_mean": -2.0, "logit_std": 3.0} | LAWS[law]
+    sigma = sample_sigma(50, law=law, **everything, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sigma, draw(law, number=50))
+    probability = interval_probability(law, low=0.2, high=0.7, **everything)
+    assert probability == interval_probability(law, low=0.2, high=0.7, **LAWS[law])
+
+
+@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize(("low", "high"), INTERVALS)
 def test_a_restricted_law_is_the_law_with_the_others_rejected(law, low, high):
     free = by_definition(law, 4 * DRAWS)
