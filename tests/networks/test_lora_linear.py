@@ -139,6 +139,10 @@ def test_removed_leaves_the_model_as_it_was_and_other_loras_in_it() -> None:
         both = run(dit, None, clip)
         first.remove(dit)  # lies under the second
         only_second = run(dit, None, clip)
+        another = make_dit(variant)
+        alone = make_network(another, variant, "lora", seed=2, network_args={"include_patterns": "self_attn"})
+        disturb(alone, seed=2)
+        assert torch.equal(only_second, run(another, None, clip))
         second.remove(dit)
         assert torch.equal(run(dit, None, clip), plain)
     outputs = [plain, only_first, both, only_second]
