@@ -65,9 +65,8 @@ def test_first_frame_is_put_in_place_and_nothing_else_changes(batched):
 
 
 def test_camera_tokens_are_added_by_frame_row_column():
-    tokens = torch.zeros(1, 2 * 3 * 4, 5)
-    vectors = torch.randn(1, 2, 3, 4, 5)
+    tokens, vectors = torch.randn(1, 2 * 3 * 4, 5), torch.randn(1, 2, 3, 4, 5)
     added = add_camera(tokens, CameraCondition(vectors), (2, 3, 4))
-    assert torch.equal(added[0, 1 * 12 + 2 * 4 + 3], vectors[0, 1, 2, 3])
+    assert torch.equal(added, tokens + vectors.reshape(1, 24, 5))
     frame = add_camera(tokens, CameraCondition(vectors[:, :, :1, :1]), (2, 3, 4))
-    assert torch.equal(frame[0, 12:], vectors[0, 1, 0, 0].expand(12, 5))
+    assert torch.equal(frame[0, 12:], tokens[0, 12:] + vectors[0, 1, 0, 0])
