@@ -48,7 +48,7 @@ def run(main: Callable[[Options], None], options: Options) -> None:
 
 
 def _interrupted(*_: object) -> None:
-    print("\ninterrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+    print("\ninterrupted; every file that was written is whole and stays", file=sys.stderr)
     sys.exit(EXIT_INTERRUPTED)
 
 
