@@ -75,7 +75,7 @@ class Options:
     network_alpha: float = 1.0
     """The LoRA's output is scaled by alpha / rank."""
     network_dropout: float = 0.0
-    """Probability with which an input of a LoRA layer is dropped in training."""
+    """Share of the rank that a training step leaves out."""
     network_args: tuple[str, ...] = ()
     """key=value ...: injection=bias|plucker, camera_lr=..., include_patterns=..., exclude_patterns=..."""
 

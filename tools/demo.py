@@ -25,11 +25,11 @@ from core.options import parse_options, run
 class Options:
     output: Path = Path("demo")
     """Folder for the clips, caches, weights and the video."""
-    scene: int = 7
+    scene: int = 2
     """Seed of the room that is filmed."""
     clips: int = 48
     """Clips that are filmed in it for training."""
-    steps: int = 900
+    steps: int = 700
     """Training steps, of both experts together."""
     seed: int = 1
     """Of the unseen path, of training and of the generated video."""
@@ -64,6 +64,7 @@ def main(options: Options) -> None:
     command(
         "tools/render_scenes.py",
         *("--output", output, "--first_scene", options.scene, "--scenes", 1, "--clips_per_scene", options.clips),
+        *("--batch_size", 4),
     )
     command("cache_latents.py", "--dataset_config", toml)
     command("cache_text.py", "--dataset_config", toml)
@@ -72,7 +73,7 @@ def main(options: Options) -> None:
         "train_network.py",
         *("--dataset_config", toml, "--network_module", "networks.lora_camera"),
         *("--network_args", "injection=plucker", "camera_lr=2e-3"),
-        *("--network_dim", 16, "--network_alpha", 16, "--learning_rate", "2e-3", "--lr_scheduler", "cosine"),
+        *("--network_dim", 16, "--network_alpha", 16, "--learning_rate", "1e-3", "--lr_scheduler", "cosine"),
         *("--lr_warmup_steps", 20, "--max_train_steps", options.steps, "--timestep_sampling", "uniform"),
         *("--mixed_precision", "no", "--seed", options.seed),
         *("--output_dir", output / "weights", "--output_name", "room"),

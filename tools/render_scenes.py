@@ -46,6 +46,8 @@ class Options:
     """One kind of camera move for all clips; a mixture when not given."""
     supersample: int = 2
     """Samples along each side of a pixel."""
+    batch_size: int = 2
+    """Clips of a training batch, for the TOML."""
 
 
 if __name__ == "__main__":
@@ -93,10 +95,9 @@ def main(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Refuse numbers that make no clip."""
-    least = {"scenes": 1, "clips_per_scene": 1, "frames": 1, "supersample": 1}
-    for name, minimum in least.items():
-        if getattr(options, name) < minimum:
-            raise InputError(f"--{name}: expected at least {minimum}, found {getattr(options, name)}")
+    for name in ("scenes", "clips_per_scene", "frames", "supersample", "batch_size"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name}: expected at least 1, found {getattr(options, name)}")
     if options.fps <= 0:
         raise InputError(f"--fps: expected a number above 0, found {options.fps}")
     if any(side < 16 or side % 2 for side in options.size):
@@ -157,7 +158,7 @@ ckpt_dir = "{model.as_posix()}"
 
 [general]
 resolution = [{width}, {height}]
-batch_size = 2
+batch_size = {options.batch_size}
 
 [[datasets]]
 video_directory = "{folder}/videos"
