@@ -306,7 +306,13 @@ def main(options: Options) -> None:
                 tqdm.write(f"saved {path}")
         if options.save_state:
             folder = options.output_dir / f"{name}-state"
-            save_state(folder, networks=networks, optimizers=optimizers, step=step)
+            save_state(
+                folder,
+                networks=networks,
+                optimizers=optimizers,
+                step=step,
+                config=json.loads(run_metadata["ss_training_options"]),
+            )
             tqdm.write(f"saved {folder}")
 
     # ---- the loop -------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Options:
     """Seed of the room that is filmed."""
     clips: int = 48
     """Clips that are filmed in it for training."""
-    steps: int = 700
+    steps: int = 1400
     """Training steps, of both experts together."""
     seed: int = 1
     """Of the unseen path, of training and of the generated video."""
@@ -81,7 +81,7 @@ def main(options: Options) -> None:
     )
 
     scene = make_scene(options.scene)
-    path = film(scene, UNSEEN + options.seed, num_frames=17, height=64, width=96)
+    path = film(scene, UNSEEN + options.seed, num_frames=17, height=64, width=96, move="orbit")
     path_file, video_file = output / "unseen_path.txt", output / "video.mp4"
     write_ten(path, path_file)
     command(
