@@ -54,7 +54,7 @@ UNSEEN = 1_000_000  # seeds of training paths count from 0; this one is never re
 def main(options: Options) -> None:
     started = time.perf_counter()
     output = options.output
-    if output.exists() and not (output / "dataset.toml").exists() and any(output.iterdir()):
+    if output.exists() and not (output / "scenes.json").exists() and any(output.iterdir()):
         raise InputError(
             f"--output {output}: expected an empty or new folder, or that of a former demo; it has other files"
         )

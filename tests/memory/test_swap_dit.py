@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memory.quant import QuantLinear
 from memory.runners import BlockRunner, run_checkpointed
-from memory.swap import SwappedBlocks
+from memory.swap import SwappedBlocks, move_all_but
 from tests.memory.tiny_blocks import Lora, trainable
 from tests.wan_ext.models import CONFIGS, lively_dit
 from wan_ext.condition import CameraCondition
@@ -30,17 +30,17 @@ def make_dit(name: str, dtype: torch.dtype, quantize: bool) -> WanDiT:
     return dit
 
 
-def train(dit: WanDiT, runner: BlockRunner) -> list[Tensor]:
+def train(dit: WanDiT, runner: BlockRunner, device: str = "cpu") -> list[Tensor]:
     """Velocity, the camera's gradient, and those of the adapters."""
     config, generator = dit.config, torch.Generator().manual_seed(6)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(device)
 
     tokens = (random(2, 3, 1, 1, config.dim) * 0.1).requires_grad_()
     velocity = dit(
         random(2, config.in_dim, 3, 4, 6),
-        timestep=torch.tensor([900.0, 300.0]),
+        timestep=torch.tensor([900.0, 300.0], device=device),
         context=random(2, 5, config.text_dim),
         image_context=None if config.image_dim is None else random(2, config.image_len, config.image_dim),
         camera=CameraCondition(tokens=tokens),
@@ -68,3 +68,17 @@ def test_swapped_equals_checkpointed(name: str, dtype: torch.dtype, quantize: bo
     assert len(found) == len(expected) > 10
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(torch.isfinite(tensor).all() and tensor.abs().sum() > 0 for tensor in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: streams, events and pinned memory")
+@pytest.mark.parametrize("quantize", [False, True])
+def test_swapped_equals_checkpointed_on_cuda(quantize: bool) -> None:
+    expected = train(make_dit("t2v", torch.bfloat16, quantize).cuda(), run_checkpointed, "cuda")
+    dit = make_dit("t2v", torch.bfloat16, quantize)
+    swapped = SwappedBlocks(dit.blocks, num_swapped=4, device="cuda", checkpoint=True)
+    move_all_but(dit, dit.blocks, "cuda")
+    for _ in range(3):  # the second and third pass reuse the buffers of the one before
+        dit.zero_grad()
+        found = train(dit, swapped, "cuda")
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
