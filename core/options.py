@@ -6,6 +6,7 @@ whose field docstrings are the help texts, parses them before it imports torch, 
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -27,6 +28,8 @@ def parse_options(options_type: type[Options], description: str | None) -> Optio
     Flags are spelt with underscores, as users of this field know them (`--network_dim`); booleans are bare flags.
     """
     signal.signal(signal.SIGINT, _interrupted)  # Ctrl-C during the imports that follow: one line, no traceback
+    # bitsandbytes reports at import that it lacks a 4-bit kernel, which nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return tyro.cli(
         options_type,
         description=description,
