@@ -170,6 +170,8 @@ def main(options: Options) -> None:
     camera = None
     if options.camera_params is not None:
         camera = read_camera_for(options, settings, metadata).held_to(padded_frames)
+    elif metadata.get("injection"):
+        print("note: without --camera_params the network's camera encoder is not used")
 
     # ---- encode what conditions the model, with each encoder gone before the next comes ----------------------------
     contexts = encode_text(options, files, variant, settings, device)
@@ -414,15 +416,17 @@ def load_expert(
         device=torch.device("cpu") if options.blocks_to_swap else device,
         attention_backend=options.attn_mode,
     )
-    camera = None
+    camera, networks = None, []
     for file in options.network_weights:
         network = load_network(dit, file, variant=variant, expert=name, multiplier=options.lora_multiplier)
         if network is None:  # a file of the other expert
             continue
-        network.to(device)
+        networks.append(network.to(device))
         if path is not None:
             c2w, K = path.c2w[None].to(device), path.K[None].to(device)
             camera = network.encode_camera(c2w, K, settings.height, settings.width) or camera
+    if options.network_weights and not networks:
+        tqdm.write(f"note: no file of --network_weights is for the {name}-noise expert, which runs as it is")
     run_blocks: BlockRunner = run_plain
     if options.blocks_to_swap:
         run_blocks = SwappedBlocks(dit.blocks, num_swapped=options.blocks_to_swap, device=device, checkpoint=False)

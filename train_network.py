@@ -153,7 +153,7 @@ from dataset.config import read_dataset_config
 from memory.runners import BlockRunner, run_checkpointed, run_plain
 from memory.swap import SwappedBlocks, move_all_but
 from networks.checkpoint import load_state, save_state
-from networks.files import save_network
+from networks.files import NETWORK_MODULES, save_network
 from networks.network import Network
 from networks.optimization import create_optimizer, learning_rate_factor
 from wan_ext import flow
@@ -162,7 +162,6 @@ from wan_ext.dit import WanDiT
 from wan_ext.experts import expert_interval
 from wan_ext.loading import load_dit
 
-NETWORK_MODULES = ("networks.lora", "networks.lora_camera")
 SAVE_DTYPES = {"float": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -206,7 +205,7 @@ def main(options: Options) -> None:
     network_module = import_network_module(options.network_module)
     law = {
         "law": options.timestep_sampling,
-        "shift": options.discrete_flow_shift or variant.shift,
+        "shift": variant.shift if options.discrete_flow_shift is None else options.discrete_flow_shift,
         "sigmoid_scale": options.sigmoid_scale,
         "logit_mean": options.logit_mean,
         "logit_std": options.logit_std,
@@ -389,7 +388,10 @@ def require_sensible(options: Options) -> None:
         raise InputError("--sage_attn: SageAttention computes no gradient; train with --sdpa or --flash_attn")
     if options.sdpa and options.flash_attn:
         raise InputError("--sdpa --flash_attn: expected one attention, found two")
-    for name in ("gradient_accumulation_steps", "max_train_steps", "max_train_epochs", "save_every_n_steps"):
+    for name in (
+        *("gradient_accumulation_steps", "max_train_steps", "max_train_epochs"),
+        *("save_every_n_steps", "save_every_n_epochs"),
+    ):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name}: expected at least 1, found {value}")

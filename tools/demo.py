@@ -3,7 +3,7 @@
     make demo        or        python tools/demo.py --output demo
 
 Runs the five commands of this project on the embedded tiny model and prints each as it runs it. Everything stays in
-the output folder; what a former demo left there is replaced. About 8 minutes on two CPU cores.
+the output folder; what a former demo left there is replaced. About 5 minutes on two CPU cores.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python tools/make_tiny_wan.py --stages high --threads 1        the two experts can train beside each other
     python tools/make_tiny_wan.py --stages evaluate                figures and contact sheets of what stands in --output
 
-Runs on a CPU: about two hours on two undisturbed cores at the default sizes. Ctrl-C at any time; the same command
-goes on from the last checkpoint in --work.
+Runs on a CPU: an estimated two hours on two undisturbed cores at the default sizes. Ctrl-C at any time; the same
+command goes on from the last checkpoint in --work.
 """
 
 from __future__ import annotations

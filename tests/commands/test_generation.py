@@ -79,6 +79,16 @@ def test_frames_by_pattern_are_the_frames_of_the_video(trained_once, tmp_path, p
     assert error < 6  # H.264 keeps half of the colour
 
 
+def test_what_is_left_unused_is_said(trained_once, tmp_path, path_file, capsys):
+    high = trained_once / "net_high_noise.safetensors"
+    film_with(trained_once, tmp_path / "a.mp4", camera_params=path_file(9), network_weights=(high,))
+    assert "low-noise expert, which runs as it is" in capsys.readouterr().out
+    film_with(trained_once, tmp_path / "b.mp4")
+    said = capsys.readouterr().out
+    assert "camera encoder is not used" in said
+    assert "runs as it is" not in said
+
+
 def test_without_a_network_the_base_model_films(tmp_path):
     options = generate.Options(
         task="tiny",

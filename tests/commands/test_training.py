@@ -125,6 +125,8 @@ def test_tensorboard_gets_the_curves(world):
         ({"timestep_boundary": 2000.0}, "timestep_boundary"),
         ({"task": "t2v-A15B"}, "t2v-A14B"),
         ({"max_train_steps": 0}, "max_train_steps"),
+        ({"save_every_n_epochs": 0}, "save_every_n_epochs"),
+        ({"discrete_flow_shift": 0.0}, "shift"),
         ({"resume": "nowhere"}, "nowhere"),
     ],
 )
