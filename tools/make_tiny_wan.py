@@ -21,17 +21,20 @@ sys.path.insert(0, str(ROOT))
 
 from core.options import parse_options, run
 
-Stage = Literal["vae", "text", "both", "high", "low", "evaluate"]
+Stage = Literal["vae", "text", "both", "high", "low", "i2v_high", "i2v_low", "evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     output: Path = ROOT / "assets" / "tiny-wan"
     """Folder of the finished model, in Wan2.2's native layout."""
+    i2v_output: Path = ROOT / "assets" / "tiny-wan-i2v"
+    """Folder of the two experts that continue a first frame; VAE and text encoder are those of --output."""
     work: Path = Path("tiny_work")
     """Folder of rendered clips, cached latents and checkpoints, about 1 GB."""
-    stages: tuple[Stage, ...] = ("vae", "text", "both", "high", "low", "evaluate")
-    """What to do; `both` is the model on all noise levels from which the experts `high` and `low` start."""
+    stages: tuple[Stage, ...] = ("vae", "text", "both", "high", "low", "i2v_high", "i2v_low", "evaluate")
+    """What to do; `both` is the model on all noise levels from which the experts `high` and `low` start, from which
+    `i2v_high` and `i2v_low` start in turn."""
     vae_scenes: int = 200
     """Rooms that the VAE learns from, three clips each."""
     vae_steps: int = 1500
@@ -46,6 +49,8 @@ class Options:
     """Steps of the model on all noise levels, from which both experts start."""
     expert_steps: int = 1800
     """Steps of each expert on its own noise levels."""
+    i2v_steps: int = 2400
+    """Steps of each expert that continues a first frame."""
     dit_lr: float = 1e-3
     """Highest learning rate of the experts and of the model that they start from."""
     batch_size: int = 16
@@ -63,7 +68,7 @@ if __name__ == "__main__":
 
 import torch
 
-from tools.tiny_wan.stages import dit_stage, evaluate_stage, text_stage, vae_stage
+from tools.tiny_wan.stages import dit_stage, evaluate_stage, i2v_stage, text_stage, vae_stage
 from wan_ext.configs import Expert
 
 
@@ -91,6 +96,20 @@ def main(options: Options) -> None:
                 expert=expert,
                 num_scenes=options.dit_scenes,
                 steps=options.dit_steps if expert is None else options.expert_steps,
+                learning_rate=options.dit_lr,
+                batch_size=options.batch_size,
+                seed=options.seed,
+            )
+    i2v_experts: dict[str, Expert] = {"i2v_high": "high", "i2v_low": "low"}
+    for stage, i2v_expert in i2v_experts.items():
+        if stage in options.stages:
+            i2v_stage(
+                options.output,
+                options.i2v_output,
+                options.work,
+                expert=i2v_expert,
+                num_scenes=options.dit_scenes,
+                steps=options.i2v_steps,
                 learning_rate=options.dit_lr,
                 batch_size=options.batch_size,
                 seed=options.seed,

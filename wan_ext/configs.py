@@ -168,6 +168,17 @@ T2V_14B = WanVariant(
     name="t2v-14B", dit=DIT_14B, vae=VAE_2_1, text_encoder=UMT5_XXL, shift=5.0, steps=50, guidance_scale=5.0, fps=16,
     num_frames=81)
 
+TINY = WanVariant(
+    name="tiny",
+    dit=DiTConfig(dim=192, ffn_dim=512, num_heads=6, num_layers=6, in_dim=16, out_dim=16, text_dim=64, text_len=48),
+    vae=VAEConfig(
+        name="wan2.1", z_dim=16, base_dim=16, decoder_base_dim=None, dim_mult=(1, 2, 3, 4), num_res_blocks=1,
+        temporal_downsample=(False, True, True), patch_size=None, is_residual=False, stride=(4, 8, 8),
+        latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),
+    text_encoder=TextEncoderConfig(vocab_size=512, dim=64, head_dim=16, ffn_dim=160, num_layers=2, num_heads=4),
+    boundary=0.875, shift=3.0, steps=20, guidance_scale=3.0, guidance_scale_high_noise=3.0, fps=8, num_frames=17,
+    height=64, width=96, negative_prompt="")
+
 VARIANTS: dict[str, WanVariant] = {variant.name: variant for variant in (
     # Wan2.2
     replace(
@@ -190,17 +201,9 @@ VARIANTS: dict[str, WanVariant] = {variant.name: variant for variant in (
         T2V_14B, name="i2v-14B", dit=replace(DIT_14B, in_dim=36, image_dim=1280), image_encoder=CLIP_VIT_H, steps=40,
         image_conditioning="channels"),
     replace(T2V_14B, name="t2i-14B", num_frames=1),
-    # The mixture of experts that ships in assets/tiny-wan, for laptops and tests.
-    WanVariant(
-        name="tiny",
-        dit=DiTConfig(dim=192, ffn_dim=512, num_heads=6, num_layers=6, in_dim=16, out_dim=16, text_dim=64, text_len=48),
-        vae=VAEConfig(
-            name="wan2.1", z_dim=16, base_dim=16, decoder_base_dim=None, dim_mult=(1, 2, 3, 4), num_res_blocks=1,
-            temporal_downsample=(False, True, True), patch_size=None, is_residual=False, stride=(4, 8, 8),
-            latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),
-        text_encoder=TextEncoderConfig(vocab_size=512, dim=64, head_dim=16, ffn_dim=160, num_layers=2, num_heads=4),
-        boundary=0.875, shift=3.0, steps=20, guidance_scale=3.0, guidance_scale_high_noise=3.0, fps=8, num_frames=17,
-        height=64, width=96, negative_prompt=""),
+    # The mixtures of experts that ship in assets/, for laptops and tests.
+    TINY,
+    replace(TINY, name="tiny-i2v", dit=replace(TINY.dit, in_dim=36), image_conditioning="channels"),
 )}
 # fmt: on
 

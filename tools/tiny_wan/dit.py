@@ -29,6 +29,7 @@ class Material:
     latents: Tensor
     context: Tensor
     empty_context: Tensor
+    condition: Tensor | None = None  # first-frame channels of an I2V model [N, 20, F, h, w]
 
 
 def train_dit(
@@ -62,7 +63,7 @@ def train_dit(
     dit = WanDiT(variant.dit)
     init_weights(dit, generator_for(seed, "tiny dit"))
     if start is not None:
-        dit.load_state_dict(start.state_dict())
+        dit.load_state_dict(widened(start.state_dict(), variant.dit.in_dim))
     average = WanDiT(variant.dit).requires_grad_(False)
     average.load_state_dict(dit.state_dict())
     optimizers = _optimizers(dit, learning_rate)
@@ -91,7 +92,12 @@ def train_dit(
         sigma = sample_sigma(
             batch_size, law="shift", shift=TRAINING_SHIFT, low=low, high=high, sigmoid_scale=1.2, generator=generator
         )
-        velocity = dit(add_noise(latents, noise, sigma), timestep=1000 * sigma, context=context)
+        velocity = dit(
+            add_noise(latents, noise, sigma),
+            timestep=1000 * sigma,
+            context=context,
+            condition=None if material.condition is None else material.condition[which],
+        )
         loss = (velocity - velocity_target(latents, noise)).square().mean()
         dit.zero_grad(set_to_none=True)
         loss.backward()
@@ -113,6 +119,13 @@ def train_dit(
                 torch.save(state, temporary)
             progress.write(f"{name}: step {step + 1}, loss {shown:.4f}")
     return average
+
+
+def widened(state: dict[str, Tensor], in_dim: int) -> dict[str, Tensor]:
+    """Weights for a model with more input channels: the new ones, which come after the old ones, start at zero."""
+    patches = state["patch_embedding.weight"]  # [D, C, 1, 2, 2]
+    more = patches.new_zeros(patches.shape[0], in_dim - patches.shape[1], *patches.shape[2:])
+    return state | {"patch_embedding.weight": torch.cat([patches, more], 1)}
 
 
 def _optimizers(dit: WanDiT, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -140,6 +153,7 @@ def generate(
     shape: tuple[int, int, int, int],
     seed: int,
     scale: float | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Latents from captions, through both experts.
 
@@ -150,6 +164,7 @@ def generate(
         shape: C, F, h, w of a clip's latents.
         seed: of the noise.
         scale: of the guidance; the variant's when None.
+        condition: first-frame channels of an I2V model, [B, 20, F, h, w].
 
     Returns:
         [B, C, F, h, w]
@@ -157,11 +172,12 @@ def generate(
     scale = variant.guidance_scale if scale is None else scale
     latents = torch.randn(len(context), *shape, generator=generator_for(seed, "sample"))
     both = torch.cat([context, empty_context.expand_as(context)])
+    first = None if condition is None else torch.cat([condition, condition])
 
     def velocity(x: Tensor, timestep: float) -> Tensor:
         dit = experts[expert_at(variant, timestep)]
         time = torch.full((2 * len(x),), float(timestep))
-        cond, uncond = dit(torch.cat([x, x]), timestep=time, context=both).chunk(2)
+        cond, uncond = dit(torch.cat([x, x]), timestep=time, context=both, condition=first).chunk(2)
         return guidance(cond, uncond, scale)
 
     return sample(velocity, latents, solver="unipc", steps=variant.steps, shift=variant.shift)

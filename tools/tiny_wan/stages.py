@@ -15,14 +15,14 @@ from scenes.scene import caption, make_scene
 from tools.tiny_wan.clips import held_out_clips, to_video, training_clips
 from tools.tiny_wan.dit import Material, generate, train_dit
 from tools.tiny_wan.text import train_text_encoder
-from tools.tiny_wan.vae import encode_all, evaluate_vae, train_vae
+from tools.tiny_wan.vae import encode_all, encode_first_frames, evaluate_vae, train_vae
 from wan_ext.configs import Expert, get_variant
 from wan_ext.dit import WanDiT
 from wan_ext.loading import load_dit, save_dit
 from wan_ext.text_encoder import TextEncoder, load_text_encoder, save_text_encoder_native
 from wan_ext.vae import WanVAE, load_vae, save_vae_native
 
-VARIANT = get_variant("tiny")
+VARIANT, I2V_VARIANT = get_variant("tiny"), get_variant("tiny-i2v")
 VAE_FILE, TEXT_FILE, SPIECE_FILE = "Wan2.1_VAE.safetensors", "models_t5_umt5-xxl-enc-bf16.safetensors", "spiece.model"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 EXPERT_FOLDERS: dict[Expert, str] = {"high": "high_noise_model", "low": "low_noise_model"}
@@ -66,19 +66,10 @@ def dit_stage(
         expert: which; None for the model that both start from.
         num_scenes, steps, learning_rate, batch_size, seed: of the training.
     """
-    text = text_encoder_in(output)
-    clips, captions = training_clips(work / "clips", num_scenes)
-    context, empty = contexts(text, captions)
-    latents = encode_all(vae_in(output).network, clips, work / "dit_latents.safetensors")
-    start = None
-    if expert is not None:
-        if not (work / "dit_both.pt").exists():
-            raise InputError(f"{work}: expected dit_both.pt, which the experts start from; run the stage both first")
-        start = WanDiT(VARIANT.dit)
-        start.load_state_dict(torch.load(work / "dit_both.pt", weights_only=True)["average"])
+    start = None if expert is None else trained_in(work, "both", advice="run the stage both first")
     dit = train_dit(
         VARIANT,
-        Material(latents=latents, context=context, empty_context=empty),
+        material_of(output, work, num_scenes, first_frames=False),
         work / f"dit_{expert or 'both'}.pt",
         expert=expert,
         start=start,
@@ -89,6 +80,62 @@ def dit_stage(
     )
     if expert is not None:
         save_dit(dit, output / EXPERT_FOLDERS[expert], dtype=STORED)
+
+
+def i2v_stage(
+    output: Path,
+    i2v_output: Path,
+    work: Path,
+    *,
+    expert: Expert,
+    num_scenes: int,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Train an expert that continues a first frame, from the text-to-video expert of the same noise levels.
+
+    Args:
+        output: folder of the finished text-to-video model, whose VAE and text encoder serve both.
+        i2v_output: folder of the finished expert.
+        work: folder of what leads to it.
+        expert, num_scenes, steps, learning_rate, batch_size, seed: of the training.
+    """
+    dit = train_dit(
+        I2V_VARIANT,
+        material_of(output, work, num_scenes, first_frames=True),
+        work / f"i2v_{expert}.pt",
+        expert=expert,
+        start=trained_in(work, expert, advice=f"run the stage {expert} first"),
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    save_dit(dit, i2v_output / EXPERT_FOLDERS[expert], dtype=STORED)
+
+
+def material_of(output: Path, work: Path, num_scenes: int, *, first_frames: bool) -> Material:
+    """What the experts learn from, with the condition channels of the first frames or without."""
+    text, network = text_encoder_in(output), vae_in(output).network
+    clips, captions = training_clips(work / "clips", num_scenes)
+    context, empty = contexts(text, captions)
+    condition = None
+    if first_frames:
+        condition = encode_first_frames(network, clips, work / "first_frame_latents.safetensors")
+    latents = encode_all(network, clips, work / "dit_latents.safetensors")
+    return Material(latents=latents, context=context, empty_context=empty, condition=condition)
+
+
+def trained_in(work: Path, name: str, *, advice: str) -> WanDiT:
+    """The averaged weights of an earlier stage."""
+    checkpoint = work / f"dit_{name}.pt"
+    if not checkpoint.exists():
+        raise InputError(f"{work}: expected {checkpoint.name}, which this stage starts from; {advice}")
+    dit = WanDiT(VARIANT.dit)
+    dit.load_state_dict(torch.load(checkpoint, weights_only=True)["average"])
+    return dit
 
 
 def evaluate_stage(output: Path, work: Path, *, scale: float | None, seed: int) -> None:

@@ -17,6 +17,7 @@ from core.files import atomic_path, read_safetensors, save_safetensors
 from tools.tiny_wan.clips import held_out_clips, psnr, to_video, training_clips
 from tools.tiny_wan.vae_start import principal_start
 from tools.tiny_wan.whole_vae import WholeClip, norm_silu_kernel
+from wan_ext.condition import first_frame_condition, first_frame_video
 from wan_ext.configs import VAEConfig
 from wan_ext.vae import WanVAE, build_vae
 
@@ -91,8 +92,13 @@ def train_vae(
 
 
 @torch.no_grad()
-def encode_all(network: AutoencoderKLWan, clips: Tensor, file: Path) -> Tensor:
-    """Latents [N, z, F, h, w] of clips uint8 [N, T, H, W, 3], from the file if it holds these, else computed."""
+def encode_all(
+    network: AutoencoderKLWan, clips: Tensor, file: Path, *, prepare: Callable[[Tensor], Tensor] = to_video
+) -> Tensor:
+    """Latents [N, z, F, h, w] of clips uint8 [N, T, H, W, 3], from the file if it holds these, else computed.
+
+    `prepare` makes the videos [n, 3, T, H, W] in [-1, 1] that are encoded.
+    """
     digest = hashlib.sha256(clips[:: max(len(clips) // 50, 1)].contiguous().numpy().tobytes())
     for value in network.encoder.state_dict().values():
         digest.update(value.contiguous().numpy().tobytes())
@@ -103,9 +109,20 @@ def encode_all(network: AutoencoderKLWan, clips: Tensor, file: Path) -> Tensor:
             return tensors["latents"]
     whole = WholeClip(network)
     batches = tqdm(clips.split(8), desc="encode", unit="batch")
-    latents = torch.cat([whole.encode(to_video(batch)).contiguous() for batch in batches])
+    latents = torch.cat([whole.encode(prepare(batch)).contiguous() for batch in batches])
     save_safetensors({"latents": latents}, file, {"source": source})
     return latents
+
+
+@torch.no_grad()
+def encode_first_frames(network: AutoencoderKLWan, clips: Tensor, file: Path) -> Tensor:
+    """Condition channels [N, 20, F, h, w] of an I2V model for clips, from the file or computed; as `encode_all`."""
+
+    def known(batch: Tensor) -> Tensor:
+        return torch.stack([first_frame_video(video[:, 0], video.shape[1]) for video in to_video(batch)])
+
+    latents = encode_all(network, clips, file, prepare=known)
+    return torch.stack([first_frame_condition(clip) for clip in latents])
 
 
 @torch.no_grad()
