@@ -1,4 +1,4 @@
-"""One expert as a sampler sees it: its DiT, the camera its network hears, and the velocity under text guidance."""
+"""One expert as a sampler sees it: its DiT, its camera, and the velocity under text and camera guidance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ class Conditions:
 class GuidedExpert:
     """A DiT with everything it needs to predict the guided velocity.
 
-    Both predictions of guidance hear the camera: guidance strengthens the text, not the path.
+    Text guidance strengthens the text and leaves the camera alone: both of its predictions hear the camera. Camera
+    guidance is a second direction beside it, from the prediction without camera to the one with it:
+
+        v = v(neg, -) + camera_guidance (v(neg, camera) - v(neg, -)) + guidance_scale (v(text, camera) - v(neg, camera))
+
+    It asks for a network that was trained with camera_dropout, so that it knows what no camera looks like. A step runs
+    the DiT once for each prediction that the two scales leave in the sum: one (both 1), two (camera_guidance 1) or three.
     """
 
     dit: WanDiT
@@ -36,6 +42,8 @@ class GuidedExpert:
     guidance_scale: float
     """1 is the plain prediction and costs half."""
     camera: CameraCondition | None = None
+    camera_guidance: float = 1.0
+    """1 is no camera guidance. Without a camera there is nothing to strengthen."""
     run_blocks: BlockRunner = run_plain
 
     @torch.no_grad()
@@ -44,19 +52,24 @@ class GuidedExpert:
         timesteps = torch.full((latents.shape[0],), float(timestep), device=latents.device)
         if self.conditions.first_latents is not None:
             timesteps = first_frame_timestep(timesteps, latents.shape[2])  # [B, F]
-        with_text = self._predict(latents, timesteps, self.conditions.prompt)
-        if self.guidance_scale == 1:
+        guides_camera = self.camera is not None and self.camera_guidance != 1
+        with_text = self._predict(latents, timesteps, self.conditions.prompt, self.camera)
+        if self.guidance_scale == 1 and not guides_camera:
             return with_text
-        without_text = self._predict(latents, timesteps, self.conditions.negative_prompt)
-        return guidance(with_text, without_text, self.guidance_scale)
+        without_text = self._predict(latents, timesteps, self.conditions.negative_prompt, self.camera)
+        guided = guidance(with_text, without_text, self.guidance_scale)
+        if not guides_camera:
+            return guided
+        without_camera = self._predict(latents, timesteps, self.conditions.negative_prompt, None)
+        return guided + (self.camera_guidance - 1) * (without_text - without_camera)
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def _predict(self, latents: Tensor, timesteps: Tensor, context: Tensor, camera: CameraCondition | None) -> Tensor:
         return self.dit(
             latents,
             timestep=timesteps,
             context=context,
             condition=self.conditions.condition,
             image_context=self.conditions.image_context,
-            camera=self.camera,
+            camera=camera,
             run_blocks=self.run_blocks,
         )
