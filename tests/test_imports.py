@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "dataset": {"core", "camera"},
     "wan_ext": {"core", "memory"},
     "networks": {"core", "camera", "memory", "wan_ext"},
+    "evaluation": {"core", "camera", "scenes", "memory", "wan_ext", "networks"},
 }
 """Package -> packages of ours that it may import, besides itself. Scripts, tools and benchmarks may import them all."""
 
