@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from camera.interpolate import interpolate
 from camera.rays import scale_intrinsics
 from core.errors import InputError
 
@@ -31,11 +33,13 @@ class CameraPath:
         fps: frames per second; None where no clock belongs to the path.
         pose_frame: "scene": coordinates as given, of one captured place; "first": relative to the first frame, whose
             pose is then the identity.
-        scale_rule: how translations were scaled; "none" means that they are as given.
+        scale_rule: how translations were scaled (see camera/scale.py); "none" means that they are as given.
+        mean_depth: how far away what the first camera of the file sees is on average, along its forward axis and in the
+            units of the positions; None where nobody knows. Parts of a path keep it: it is the scale of the place.
 
     Raises:
-        InputError: a pose that is no rotation, a number that is not finite, a focal length that is not positive; the
-            message names the frame.
+        InputError: a pose that is no rotation, a number that is not finite, a focal length or mean depth that is not
+            positive; the message names the frame.
     """
 
     c2w: Tensor
@@ -45,6 +49,7 @@ class CameraPath:
     fps: float | None = None
     pose_frame: PoseFrame = "scene"
     scale_rule: str = "none"
+    mean_depth: float | None = None
 
     def __post_init__(self) -> None:
         num_frames = self.c2w.shape[0]
@@ -70,6 +75,8 @@ class CameraPath:
         if self.pose_frame == "first":
             is_identity = (self.c2w[:1] - torch.eye(4, dtype=torch.float64)).abs().amax((-1, -2)) < ROTATION_TOLERANCE
             self._require(is_identity, 'the identity as the first pose of pose_frame "first"')
+        if self.mean_depth is not None and not 0 < self.mean_depth < math.inf:
+            raise InputError(f"camera path: expected a mean depth above 0, found {self.mean_depth:g}")
 
     def _require(self, holds: Tensor, what: str) -> None:
         if not holds.all():
@@ -115,6 +122,23 @@ class CameraPath:
                 f"camera path: expected frames 0 to {len(self) - 1}, found a request for frame {outside[0]}"
             )
         sampled = replace(self, c2w=self.c2w[chosen], K=self.K[chosen], fps=fps or self.fps, pose_frame="scene")
+        return sampled.relative_to_first() if self.pose_frame == "first" else sampled
+
+    def resampled(self, times: Tensor, *, fps: float | None = None) -> CameraPath:
+        """The path at times between its frames (see camera/interpolate.py), in the given order.
+
+        Args:
+            times: frame positions, 0 <= time <= len(self) - 1, [N]; seconds times the path's fps are frame positions.
+            fps: of the result; None keeps the path's own (right only where the times are one frame apart).
+
+        Returns:
+            A path of N frames. Where pose_frame is "first", poses are made relative to the first of the times.
+
+        Raises:
+            InputError: a time outside the path, or a half turn between two frames.
+        """
+        c2w, K = interpolate(self.c2w, self.K, times)
+        sampled = replace(self, c2w=c2w, K=K, fps=fps or self.fps, pose_frame="scene")
         return sampled.relative_to_first() if self.pose_frame == "first" else sampled
 
     def cropped(
