@@ -46,6 +46,8 @@ class Sampling:
     guidance_scale: float = 1.0
     """Of the low-noise expert, or of the only one. 1: no text guidance, and half the time."""
     guidance_scale_high_noise: float = 1.0
+    camera_guidance: float = 1.0
+    """Weight of the step from no camera to the path, of both experts. 1: no guidance by the camera."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,7 @@ def _guided(
         conditions=conditions,
         guidance_scale=sampling.guidance_scale_high_noise if name == "high" else sampling.guidance_scale,
         camera=camera,
+        camera_guidance=sampling.camera_guidance,
         run_blocks=expert.run_blocks,
     )
 

@@ -101,10 +101,9 @@ def test_path_seed_and_both_experts_count_and_a_base_is_deaf():
     video = shoot(variant, experts, cameras_of(0), conditions, (7,))
     assert not torch.allclose(shoot(variant, experts, cameras_of(1), conditions, (7,)), video, atol=1e-3)
     assert not torch.allclose(shoot(variant, experts, cameras_of(0), conditions, (8,)), video, atol=1e-3)
-    for scale in ("guidance_scale", "guidance_scale_high_noise"):
-        assert not torch.allclose(
-            shoot(variant, experts, cameras_of(0), conditions, (7,), replace(FAST, **{scale: 1.0})), video, atol=1e-4
-        )
+    for scale in ("guidance_scale", "guidance_scale_high_noise", "camera_guidance"):
+        other = replace(FAST, **{scale: 1.5})
+        assert not torch.allclose(shoot(variant, experts, cameras_of(0), conditions, (7,), other), video, atol=1e-4)
     base = small_experts(variant, with_camera=False)
     deaf = [shoot(variant, base, cameras_of(path), conditions, (7,)) for path in (0, 1)]
     assert torch.equal(*deaf)
