@@ -1,0 +1,125 @@
+"""Injection `plucker`: the camera adapter of the Wan-Fun models, new and zero at start, on any Wan model.
+
+    rays of every pixel of every video frame -> convolutions (wan_ext/control_adapter.py) -> one vector per token
+
+The rays are those that the Wan-Fun models know: moment o x d and unit direction d through the pixel centres, frame 0
+four times, then groups of four frames folded into channels. Hence its weights, saved under their `control_adapter.*`
+names, are of use to other tools. They were taught with poses relative to the first frame and unscaled translations
+(pose frame "first", scale rule "none"); what is trained here may use others, and its file says which.
+
+It is large (503 million parameters per expert for D = 5120, see wan_ext/control_adapter.py); `plucker_light` hears the
+same rays on a coarser grid through a few million.
+
+Shapes: B clips, T video frames, F latent frames, H W pixels, h w token rows and columns, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from camera.rays import plucker_rays
+from core.errors import InputError
+from wan_ext.condition import TEMPORAL_STRIDE
+from wan_ext.configs import WanVariant
+from wan_ext.control_adapter import FRAMES_AT_ONCE, ControlAdapter, zero_start
+
+
+class PluckerAdapter(nn.Module):
+    """The full control adapter as a camera encoder: poses and intrinsics to one vector per token.
+
+    Rays of a few latent frames at a time are made, used and forgotten, and made again in backward: at 81 frames of
+    480 x 832 all of them would be 0.8 GB.
+
+    Args:
+        variant: the model: its width, and how many pixels a token covers.
+        hidden: not used: the adapter's width is the model's.
+        generator: CPU generator that draws the weights; None: the global one.
+        device: where the weights live.
+    """
+
+    def __init__(
+        self,
+        variant: WanVariant,
+        *,
+        hidden: int = 0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.control_adapter = ControlAdapter(variant.dit.dim, variant.vae.stride[1])
+        self.control_adapter.to_empty(device="cpu")
+        zero_start(self.control_adapter, generator)
+        self.control_adapter.to(device)
+
+    def forward(self, c2w: Tensor, K: Tensor, height: int, width: int) -> Tensor:
+        """The term for the tokens.
+
+        Args:
+            c2w: camera-to-world poses of every video frame, [B, T, 4, 4], T = 4 (F - 1) + 1.
+            K: intrinsics in pixels of the frame, [B, T, 3, 3].
+            height: of the frame, pixels.
+            width: of the frame, pixels.
+
+        Returns:
+            float32 [B, F, h, w, D].
+
+        Raises:
+            InputError: a number of frames or a frame size that does not fit the model.
+        """
+        adapter = self.control_adapter
+        check_clip(c2w.shape[1], height, width, token=2 * adapter.downscale)
+        device = adapter.conv.weight.device
+        groups = FRAMES_AT_ONCE * TEMPORAL_STRIDE
+        poses = repeat_first(c2w.to(device)).split(groups, 1)  # [B, 4 f, 4, 4], f latent frames each
+        intrinsics = repeat_first(K.to(device)).split(groups, 1)
+        return torch.cat([self.some_frames(*part, height, width) for part in zip(poses, intrinsics, strict=True)], 1)
+
+    def some_frames(self, c2w: Tensor, K: Tensor, height: int, width: int) -> Tensor:
+        """The term of a few latent frames, from four poses each. -> [B, f, h, w, D]"""
+
+        def from_poses(c2w: Tensor, K: Tensor) -> Tensor:
+            return self.control_adapter.convolve(rays_of_groups(c2w, K, height, width))
+
+        if torch.is_grad_enabled():
+            return checkpoint(from_poses, c2w, K, use_reentrant=False)
+        return from_poses(c2w, K)
+
+
+def control_rays(c2w: Tensor, K: Tensor, height: int, width: int) -> Tensor:
+    """What a Wan-Fun model is told of the camera: the rays of every pixel, folded onto latent frames.
+
+    Args:
+        c2w: camera-to-world poses of every video frame, [B, T, 4, 4], T = 4 (F - 1) + 1.
+        K: intrinsics in pixels of the frame, [B, T, 3, 3].
+        height: H, pixels.
+        width: W, pixels.
+
+    Returns:
+        float32 [B, 24, F, H, W]; 0.8 GB for a clip of 81 frames of 480 x 832.
+    """
+    return rays_of_groups(repeat_first(c2w), repeat_first(K), height, width)
+
+
+def rays_of_groups(c2w: Tensor, K: Tensor, height: int, width: int) -> Tensor:
+    """Rays of poses that stand in groups of four. [B, 4 F, 4, 4], [B, 4 F, 3, 3] -> float32 [B, 24, F, H, W]"""
+    with torch.autocast(c2w.device.type, enabled=False):
+        rays = plucker_rays(c2w, K, height, width).float()  # [B, 4 F, 6, H, W]
+    return rearrange(rays, "b (f i) c h w -> b (c i) f h w", i=TEMPORAL_STRIDE)
+
+
+def repeat_first(frames: Tensor) -> Tensor:
+    """The first of T = 4 (F - 1) + 1 frames four times, so that they stand in groups of four. [B, T, ...] -> [B, 4 F, ...]"""
+    return torch.cat([frames[:, :1].expand(-1, TEMPORAL_STRIDE - 1, *frames.shape[2:]), frames], 1)
+
+
+def check_clip(num_frames: int, height: int, width: int, *, token: int) -> None:
+    """Refuse a clip that does not fill latent frames and tokens. Raises InputError."""
+    if num_frames % TEMPORAL_STRIDE != 1:
+        raise InputError(f"camera path: expected 4n + 1 frames (1, 5, 9, ...), found {num_frames}")
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels % token:
+            raise InputError(f"{name}: expected a multiple of {token} pixels, found {pixels}")
