@@ -64,34 +64,62 @@ class Renderer:
         """As `render`."""
         rays_a_frame = path.height * path.width * supersample**2
         step = max(1, RAYS_AT_ONCE // rays_a_frame)
-        frames = [self._frames(path, start, start + step, supersample) for start in range(0, len(path), step)]
-        return torch.cat(frames)
+        size = {"height": path.height, "width": path.width, "supersample": supersample}
+        frames = [
+            self.views(path.c2w[start : start + step], path.K[start : start + step], **size)[0]
+            for start in range(0, len(path), step)
+        ]
+        return (torch.cat(frames) * 255).round().clamp(0, 255).to(torch.uint8)
 
-    def _frames(self, path: CameraPath, start: int, stop: int, supersample: int) -> Tensor:
-        c2w, intrinsics = path.c2w[start:stop].float(), path.K[start:stop].float()
-        count, height, width = len(c2w), path.height, path.width
+    def views(
+        self, c2w: Tensor, K: Tensor, *, height: int, width: int, supersample: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """What cameras see, unrounded, and how far it is.
+
+        Args:
+            c2w: poses in scene coordinates, [N, 4, 4].
+            K: intrinsics in pixels of height x width, [N, 3, 3].
+            height: pixels.
+            width: pixels.
+            supersample: samples along each side of a pixel.
+
+        Returns:
+            Colours in [0, 1], float32 [N, height, width, 3], and depths along the cameras' z axis in metres,
+            [N, height, width]; both are means over a pixel's samples.
+        """
+        c2w, K = c2w.float(), K.float()
         x = (torch.arange(width * supersample) + 0.5) / supersample
         y = (torch.arange(height * supersample) + 0.5) / supersample
         y, x = torch.meshgrid(y, x, indexing="ij")
-        fx, fy = intrinsics[:, 0, 0, None, None], intrinsics[:, 1, 1, None, None]
-        directions = torch.stack(
+        fx, fy = K[:, 0, 0, None, None], K[:, 1, 1, None, None]
+        through = torch.stack(
             [
-                (x - intrinsics[:, 0, 2, None, None]) / fx,
-                (y - intrinsics[:, 1, 2, None, None]) / fy,
-                torch.ones(count, *x.shape),
+                (x - K[:, 0, 2, None, None]) / fx,
+                (y - K[:, 1, 2, None, None]) / fy,
+                torch.ones(len(c2w), *x.shape),
             ],
             dim=-1,
-        )  # [T, sH, sW, 3]
-        directions = torch.nn.functional.normalize(directions, dim=-1)
-        directions = torch.einsum("tij,thwj->thwi", c2w[:, :3, :3], directions)
+        )  # [N, sH, sW, 3], of depth 1
+        length = through.norm(dim=-1)
+        directions = torch.einsum("tij,thwj->thwi", c2w[:, :3, :3], through / length[..., None])
         origins = c2w[:, None, None, :3, 3].expand_as(directions)
-        pixel_angle = float(1 / (intrinsics[:, 0, 0].mean() * supersample))
-        color = self._trace(origins.reshape(-1, 3), directions.reshape(-1, 3), pixel_angle)
-        color = color.view(count, height, supersample, width, supersample, 3).mean(dim=(2, 4))
-        return (color * 255).round().clamp(0, 255).to(torch.uint8)
+        pixel_angle = float(1 / (K[:, 0, 0].mean() * supersample))
+        color, distance = self.cast(origins.reshape(-1, 3), directions.reshape(-1, 3), pixel_angle)
+        color = color.view(len(c2w), height, supersample, width, supersample, 3).mean(dim=(2, 4))
+        depth = distance.view_as(length) / length
+        return color, depth.view(len(c2w), height, supersample, width, supersample).mean(dim=(2, 4))
 
-    def _trace(self, origins: Tensor, directions: Tensor, pixel_angle: float) -> Tensor:
-        """Colours [R, 3] of rays given by origins and unit directions [R, 3]."""
+    def cast(self, origins: Tensor, directions: Tensor, pixel_angle: float) -> tuple[Tensor, Tensor]:
+        """Where rays end.
+
+        Args:
+            origins: inside the room, [R, 3].
+            directions: unit, [R, 3].
+            pixel_angle: radians that a ray stands for.
+
+        Returns:
+            Colours [R, 3] in [0, 1] and distances [R] in metres.
+        """
         scene = self.scene
         distance, normal, uv, surface = _hit_room(scene, origins, directions)
         for index, item in enumerate(scene.objects):
@@ -106,7 +134,8 @@ class Renderer:
         point = origins + distance[:, None] * directions
         slant = (directions * normal).sum(-1).abs().clamp(min=0.15)
         footprint = distance * pixel_angle / slant.sqrt() / self.extents[surface]
-        return self.atlas.lookup(surface, uv, footprint) * self._light(point, normal, surface)[:, None]
+        color = self.atlas.lookup(surface, uv, footprint) * self._light(point, normal, surface)[:, None]
+        return color, distance
 
     def _light(self, point: Tensor, normal: Tensor, surface: Tensor) -> Tensor:
         """Brightness [R]: ambient, lamp, darker edges of the room, soft shadows under the objects."""
