@@ -253,6 +253,7 @@ def main(options: Options) -> None:
             dropout=options.network_dropout,
             network_args=key_values(options.network_args, "--network_args"),
             pose_frame=training_set.pose_frame,
+            scale_rule=training_set.scale_rule,
             generator=generator_for(options.seed, "network", name),
         )
         run_blocks = place(options, dit, network, device)

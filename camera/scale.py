@@ -9,17 +9,22 @@
 A network learns translations under one rule and understands no other, so the rule is written into caches and weights.
 Only relative poses (pose frame "first") take max_norm and first_step: the clips of one captured place share its
 coordinates, and such a rule would give each clip coordinates of its own.
+
+Imports no torch, so that a TOML's rule can be read before anything is loaded.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from camera.path import CameraPath
 from core.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from camera.path import CameraPath
 
 SCALE_RULES = ("none", "max_norm", "first_step", "metric:FACTOR", "mean_depth")
 PER_CLIP = ("max_norm", "first_step")

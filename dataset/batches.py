@@ -45,7 +45,8 @@ class TrainingSet:
 
     Args:
         clips: from `list_clips`.
-        need_camera: whether every clip must have a camera cache, and batches have c2w and K.
+        need_camera: whether every clip must have a camera cache, and batches have c2w and K; `pose_frame` and
+            `scale_rule` then say in which coordinates.
         vae: fingerprint that every latent cache must name as its encoder; None: any, but one and the same for all.
         text_encoder: the same for text caches.
         latent_channels: C that the model takes; None: any.
@@ -72,7 +73,7 @@ class TrainingSet:
     ) -> None:
         self.clips = tuple(clips)
         self.need_camera, self.condition, self.image_context = need_camera, condition, image_context
-        self.pose_frame = _common_pose_frame(self.clips) if need_camera else None
+        self.pose_frame, self.scale_rule = _common_camera(self.clips) if need_camera else (None, None)
         self.vae = vae or cache.cached_encoder(self.clips[0], "latents")
         self.text_encoder = text_encoder or cache.cached_encoder(self.clips[0], "text")
         flaws = [flaw for clip in self.clips if (flaw := self._flaw(clip, latent_channels, context_width))]
@@ -171,23 +172,26 @@ class TrainingSet:
         return None
 
 
-def _common_pose_frame(clips: Sequence[Clip]) -> str:
-    """The pose frame of all clips."""
-    found: dict[str, Clip] = {}
+def _common_camera(clips: Sequence[Clip]) -> tuple[str, str]:
+    """The pose frame and the scale rule of all clips: a network learns one of each."""
+    frames: dict[str, Clip] = {}
+    rules: dict[str, Clip] = {}
     for clip in clips:
         if clip.camera is None:
             raise InputError(
                 f"{clip.key}: expected a camera, because the network takes one, found none in the TOML; name "
                 f"camera_directory (videos) or camera_params (frames) in its [[datasets]] table"
             )
-        found.setdefault(clip.camera.settings.pose_frame, clip)
-    if len(found) > 1:
-        examples = " and ".join(f'"{pose_frame}" ({clip.key})' for pose_frame, clip in sorted(found.items()))
-        raise InputError(
-            f"pose_frame: expected one for all data sets, found {examples}; set the same in every [[datasets]] table "
-            f"and re-run cache_camera.py"
-        )
-    return next(iter(found))
+        frames.setdefault(clip.camera.settings.pose_frame, clip)
+        rules.setdefault(clip.camera.settings.scale, clip)
+    for key, found in (("pose_frame", frames), ("camera_scale", rules)):
+        if len(found) > 1:
+            examples = " and ".join(f'"{value}" ({clip.key})' for value, clip in sorted(found.items()))
+            raise InputError(
+                f"{key}: expected one for all data sets, found {examples}; set the same in every [[datasets]] table "
+                f"and re-run cache_camera.py"
+            )
+    return next(iter(frames)), next(iter(rules))
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:

@@ -31,9 +31,9 @@ from dataset.buckets import Crop
 from dataset.clips import Clip
 from dataset.video import list_frames
 
-VERSION = "1"  # of the schema above; a change of keys, shapes, dtypes or provenance raises it
-
 Kind = Literal["latents", "text", "camera"]
+VERSIONS: dict[Kind, str] = {"latents": "1", "text": "1", "camera": "2"}
+"""Of the schema above. A change of a kind's keys, shapes, dtypes or provenance raises its number."""
 COMMANDS: dict[Kind, str] = {"latents": "cache_latents.py", "text": "cache_text.py", "camera": "cache_camera.py"}
 DTYPES: dict[Kind, dict[str, str]] = {
     "latents": {"latents": "F32", "condition": "F32", "image_context": "F32"},
@@ -52,6 +52,8 @@ LABELS = {  # what a differing entry of the metadata means to a person
     "camera_format": "another camera format",
     "fov_axis": "another axis of the field of view",
     "pose_frame": "another pose frame",
+    "scale_rule": "another scale rule",
+    "camera_fps": "another rate of the camera file",
     "fps": "another frame rate",
 }
 
@@ -124,6 +126,7 @@ def write_camera(clip: Clip, path: CameraPath) -> None:
         "source": str(clip.camera.path if clip.camera else None),
         "pose_frame": path.pose_frame,
         "scale_rule": path.scale_rule,
+        "mean_depth": json.dumps(path.mean_depth),
         "height": str(path.height),
         "width": str(path.width),
         "fps": json.dumps(path.fps),
@@ -240,7 +243,8 @@ def read_camera(clip: Clip, *, check_source: bool = True) -> CameraPath:
             width=clip.width,
             fps=clip.fps,
             pose_frame="first" if metadata["pose_frame"] == "first" else "scene",
-            scale_rule=metadata.get("scale_rule", "none"),
+            scale_rule=metadata["scale_rule"],
+            mean_depth=json.loads(metadata["mean_depth"]),
         )
     except InputError as error:
         file = clip.camera_cache
@@ -260,7 +264,7 @@ def cached_shape(clip: Clip, kind: Kind, name: str) -> tuple[int, ...]:
 
 
 def _provenance(kind: Kind) -> dict[str, str]:
-    return {"kind": kind, "version": VERSION}
+    return {"kind": kind, "version": VERSIONS[kind]}
 
 
 def _latents_provenance(clip: Clip, encoder: str | None, crop: Crop, check_source: bool = True) -> dict[str, str]:
@@ -285,6 +289,8 @@ def _camera_provenance(clip: Clip, check_source: bool = True) -> dict[str, str]:
         "camera_format": settings.format,
         "fov_axis": settings.fov_axis,
         "pose_frame": settings.pose_frame,
+        "scale_rule": settings.scale,
+        "camera_fps": json.dumps(settings.fps),
         "fps": json.dumps(clip.fps),
     }
     return expected | {"camera_fingerprint": _file_fingerprint(clip.camera.path)} if check_source else expected

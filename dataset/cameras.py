@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 from camera.formats import read_camera
 from camera.path import CameraPath
+from camera.scale import in_scale
 from core.errors import InputError
 from dataset.clips import Clip
 
 
 def read_clip_camera(clip: Clip) -> CameraPath:
-    """Poses and intrinsics of the frames that `read_clip` returns, in the pose frame of the clip's data set.
+    """Poses and intrinsics of the frames that `read_clip` returns, in the pose frame and scale of the clip's data set.
 
     Args:
         clip: from `list_clips`.
@@ -34,17 +37,38 @@ def read_clip_camera(clip: Clip) -> CameraPath:
         fov_axis=settings.fov_axis,
         format=settings.format,
     )
-    if len(path) != clip.num_source_frames:
-        raise InputError(
-            f"{clip.camera.path}: expected one pose for each of the {clip.num_source_frames} frames of {clip.source}, "
-            f"found {len(path)}"
+    try:
+        path = _at_frames(path, clip).cropped(
+            resized_height=crop.resized_height,
+            resized_width=crop.resized_width,
+            top=crop.top,
+            left=crop.left,
+            height=crop.height,
+            width=crop.width,
         )
-    path = path.frames(clip.frame_indices, fps=clip.fps).cropped(
-        resized_height=crop.resized_height,
-        resized_width=crop.resized_width,
-        top=crop.top,
-        left=crop.left,
-        height=crop.height,
-        width=crop.width,
-    )
-    return path.relative_to_first() if settings.pose_frame == "first" else path
+        return in_scale(path.relative_to_first() if settings.pose_frame == "first" else path, settings.scale)
+    except InputError as error:
+        raise InputError(f"{clip.camera.path}: {error}") from None
+
+
+def _at_frames(path: CameraPath, clip: Clip) -> CameraPath:
+    """The poses at the frames of the clip: those of the same numbers, or between poses that have a rate of their own."""
+    assert clip.camera is not None
+    camera_fps = clip.camera.settings.fps
+    if camera_fps is None:
+        if len(path) != clip.num_source_frames:
+            raise InputError(
+                f"expected one pose for each of the {clip.num_source_frames} frames of {clip.source}, found "
+                f"{len(path)}; poses of another rate need camera_fps in the TOML"
+            )
+        return path.frames(clip.frame_indices, fps=clip.fps)
+    assert clip.source_fps is not None  # the TOML refuses camera_fps for frames without source_fps
+    times = torch.tensor(clip.frame_indices, dtype=torch.float64) * (camera_fps / clip.source_fps)
+    end = (len(path) - 1) / camera_fps
+    if float(times[-1]) > len(path) - 1 + 1e-6:
+        raise InputError(
+            f"expected poses up to frame {clip.frame_indices[-1]} of {clip.source}, at "
+            f"{clip.frame_indices[-1] / clip.source_fps:.3f} s, found {len(path)} that end at {end:.3f} s with "
+            f"camera_fps {camera_fps:g}"
+        )
+    return path.resampled(times, fps=clip.fps)

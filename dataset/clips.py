@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CameraFile:
-    """A file with one pose for every frame of the source, and how it is read."""
+    """A file with one pose for every frame of the source, or poses at a rate of their own, and how it is read."""
 
     path: Path
     settings: CameraSettings
@@ -40,6 +40,7 @@ class Clip:
     dataset: int  # position of its table in the TOML, from 0
     source: Path  # a video, or a folder of frames
     num_source_frames: int
+    source_fps: float | None  # of the source, before sampling; None where it has no clock
     frame_indices: tuple[int, ...]  # source frames, strictly increasing
     fps: float | None  # of the clip, after sampling; None where the source has no clock
     crop: Crop
@@ -215,6 +216,7 @@ def _clips_of(
             dataset=number,
             source=source.path,
             num_source_frames=info.num_frames,
+            source_fps=dataset.source_fps or info.fps,
             frame_indices=tuple(frames[position] for position in window),
             fps=fps,
             crop=crop,

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import toml
 
+from camera.scale import PER_CLIP, SCALE_RULES, parse_scale_rule
 from core.errors import InputError, nearest
 from dataset.extraction import EXTRACTIONS, Extraction
 
@@ -32,6 +33,8 @@ class CameraSettings:
     format: Literal["auto", "ten", "re10k"]
     fov_axis: Literal["horizontal", "vertical"]
     pose_frame: Literal["scene", "first"]
+    scale: str = "none"  # as camera.scale.parse_scale_rule spells it
+    fps: float | None = None  # poses per second of the camera file; None: one pose for every frame of the source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,14 @@ def _lengths(value: Any) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def _scale_rule(value: Any) -> str:
+    try:
+        return parse_scale_rule(value if isinstance(value, str) else "")
+    except InputError:
+        hint = nearest(value, SCALE_RULES) if isinstance(value, str) else ""
+        raise ValueError(f"a scale rule ({', '.join(SCALE_RULES)}){hint}") from None
+
+
 def _choice(*known: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in known:
@@ -174,9 +185,11 @@ KEYS: dict[str, Key] = {
     "camera_format": Key(_choice("auto", "ten", "re10k"), "auto"),
     "fov_axis": Key(_choice("horizontal", "vertical"), "horizontal"),
     "pose_frame": Key(_choice("scene", "first"), None),
+    "camera_scale": Key(_scale_rule, "none"),
+    "camera_fps": Key(_rate, None),
     "prompt": Key(_text, None, kind="frames"),
 }
-CAMERA_KEYS = ("camera_format", "fov_axis", "pose_frame")
+CAMERA_KEYS = ("camera_format", "fov_axis", "pose_frame", "camera_scale", "camera_fps")
 EXTRACTION_KEYS = {"frame_stride": "slide", "frame_sample": "uniform", "max_frames": "full"}
 
 
@@ -296,6 +309,8 @@ def _dataset(path: Path, where: str, table: Any, shared: Mapping[str, Any]) -> V
             format=values["camera_format"],
             fov_axis=values["fov_axis"],
             pose_frame=values["pose_frame"] or ("first" if kinds == ["video"] else "scene"),
+            scale=values["camera_scale"],
+            fps=values["camera_fps"],
         ),
     }
     for name in (
@@ -353,6 +368,15 @@ def _require_effect(path: Path, where: str, given: Mapping[str, Any], merged: Ma
             refuse("prompt", "not given; expected the caption of the scene, as text in quotes")
         if "target_fps" in given and "source_fps" not in given:
             refuse("target_fps", "frames in a folder have no frame rate; give source_fps as well")
+        if "camera_fps" in given and "source_fps" not in given:
+            refuse("camera_fps", "frames in a folder have no frame rate; give source_fps as well")
+    pose_frame = given.get("pose_frame", "first" if "video_directory" in given else "scene")
+    if given.get("camera_scale") in PER_CLIP and pose_frame != "first":
+        refuse(
+            "camera_scale",
+            f'expected none, metric:FACTOR or mean_depth with pose_frame = "{pose_frame}", found '
+            f'"{given["camera_scale"]}", which would give every clip coordinates of its own',
+        )
 
 
 def _require_own_caches(path: Path, datasets: tuple[VideoDataset | FramesDataset, ...]) -> None:
