@@ -52,7 +52,7 @@ def read_clip_camera(clip: Clip) -> CameraPath:
 
 
 def _at_frames(path: CameraPath, clip: Clip) -> CameraPath:
-    """The poses at the frames of the clip: those of the same numbers, or between poses that have a rate of their own."""
+    """The poses of the frames with these numbers, or, where poses have a rate of their own, at the frames' times."""
     assert clip.camera is not None
     camera_fps = clip.camera.settings.fps
     if camera_fps is None:
