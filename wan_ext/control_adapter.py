@@ -8,9 +8,9 @@ The result is added to the tokens after the patch embedding. Parameter names are
 (`control_adapter.conv`, `control_adapter.residual_blocks.0.conv1`, `.conv2`), so they load and save without a map.
 
 It is large, because its 3 x 3 kernels join all channels with all: 503,331,840 parameters for D = 5120 (per expert), 245
-million for the 5B model, 52 million for D = 1536. Frozen in bf16 that is 1 GB per expert of D = 5120. Trained in float32
-it is 2 GB of weights, 2 GB of gradients and 4 GB of AdamW's moments (1 GB in 8 bits). One forward costs 3 to 4 % of the
-transformer's.
+million for the 5B model, 52 million for D = 1536. Frozen in bf16 that is 1 GB per expert of D = 5120. Trained in
+float32 it is 2 GB of weights, 2 GB of gradients and 4 GB of AdamW's moments (1 GB in 8 bits). One forward costs 3 to
+4 % of the transformer's.
 
 Activations are kept small instead: latent frames do not see each other here, so they go through a few at a time and are
 computed again in backward. Without that, the folded rays of 81 frames of 480 x 832 alone would be 0.8 GB.
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from core.errors import InputError
 
 RAY_CHANNELS = 24
-"""Moment and direction (6 numbers) of the four video frames of a latent frame; channel c * 4 + i is number c of frame i."""
+"""Moment and direction (6 numbers) of the four video frames of a latent frame; channel c * 4 + i: c of frame i"""
 FRAMES_AT_ONCE = 4
 """Latent frames that are computed together: 150 MB of rays at 480 x 832."""
 PREFIX = "control_adapter."
@@ -108,9 +108,9 @@ def zero_start(adapter: ControlAdapter, generator: torch.Generator | None = None
     """Fill a new adapter so that its output is exactly zero and every parameter is trained by the second step.
 
     `conv` and `conv2` are zero, `conv1` is drawn at random, its bias too. Two zeros, but not in a row: the skip of the
-    residual block leads around `conv2`, so `conv` has a gradient at the first step. So has `conv2`, because relu(conv1(0))
-    is the positive part of conv1's bias. From the second step on conv2 is no longer zero and `conv1` has a gradient as
-    well. Were conv1's bias zero, conv1 would stand still for one step longer.
+    residual block leads around `conv2`, so `conv` has a gradient at the first step. So has `conv2`, because
+    relu(conv1(0)) is the positive part of conv1's bias. From the second step on conv2 is no longer zero and `conv1` has
+    a gradient as well. Were conv1's bias zero, conv1 would stand still for one step longer.
     """
     for parameter in (*adapter.conv.parameters(), *adapter.residual_blocks[0].conv2.parameters()):
         nn.init.zeros_(parameter)

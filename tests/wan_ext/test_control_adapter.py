@@ -1,4 +1,4 @@
-"""Laws of the camera adapter: the published numbers, the published names, one frame at a time, zero at start but alive."""
+"""Laws of the camera adapter: the published numbers and names, frame by frame, zero at start but alive."""
 
 from __future__ import annotations
 
