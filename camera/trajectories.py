@@ -1,8 +1,8 @@
-"""Camera motions: a smooth random path inside a box, and moves named as cinematographers name them.
+"""Camera motions for programs: a smooth random path inside a box, and single moves from any starting camera.
 
 A pan turns the camera, a truck moves it sideways. World axes are those of an OpenCV camera that stands level: x right,
 y down, z forward. Yaw is positive to the right, pitch is positive upwards. Every move starts at `start` and goes at
-constant speed.
+constant speed. Chains, easing, key frames and all other moves are in camera/moves.py, as text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from camera.path import CameraPath, intrinsics_from_fov
+from camera.rig import Dolly, Move, Orbit, Pan, Segment, Truck, follow
 
 _SPLINE_DEGREE = 3
 
@@ -99,8 +100,7 @@ def pan(
     Returns:
         A path in pose frame "scene".
     """
-    yaw = degrees * _progress(num_frames)
-    motion = poses(torch.zeros(num_frames, 3, dtype=torch.float64), level_rotations(yaw, np.zeros_like(yaw)))
+    motion = _steady(Pan(degrees=degrees), num_frames)
     return _path(motion, height=height, width=width, fov_degrees=fov_degrees, fps=fps, start=start)
 
 
@@ -128,7 +128,7 @@ def truck(
     Returns:
         A path in pose frame "scene".
     """
-    motion = _translation((distance, 0, 0), num_frames)
+    motion = _steady(Truck(distance=distance), num_frames)
     return _path(motion, height=height, width=width, fov_degrees=fov_degrees, fps=fps, start=start)
 
 
@@ -156,7 +156,7 @@ def dolly(
     Returns:
         A path in pose frame "scene".
     """
-    motion = _translation((0, 0, distance), num_frames)
+    motion = _steady(Dolly(distance=distance), num_frames)
     return _path(motion, height=height, width=width, fov_degrees=fov_degrees, fps=fps, start=start)
 
 
@@ -186,10 +186,7 @@ def orbit(
     Returns:
         A path in pose frame "scene".
     """
-    yaw = -degrees * _progress(num_frames)
-    rotations = level_rotations(yaw, np.zeros_like(yaw))
-    ahead = torch.tensor([0.0, 0.0, radius], dtype=torch.float64)
-    motion = poses(ahead - rotations @ ahead, rotations)
+    motion = _steady(Orbit(degrees=degrees, radius=radius), num_frames)
     return _path(motion, height=height, width=width, fov_degrees=fov_degrees, fps=fps, start=start)
 
 
@@ -215,14 +212,10 @@ def poses(positions: Tensor, rotations: Tensor) -> Tensor:
     return c2w
 
 
-def _progress(num_frames: int) -> np.ndarray:
-    """0 in the first frame, 1 in the last, [T]."""
-    return np.linspace(0, 1, num_frames)
-
-
-def _translation(offset: Sequence[float], num_frames: int) -> Tensor:
-    positions = torch.from_numpy(_progress(num_frames)[:, None] * np.asarray(offset, dtype=np.float64))  # [T, 3]
-    return poses(positions, torch.eye(3, dtype=torch.float64))
+def _steady(move: Move, num_frames: int) -> Tensor:
+    """The poses of one move from the identity, at constant speed over all frames, [T, 4, 4]."""
+    whole = Segment(moves=(move,), start=0.0, end=max(num_frames - 1.0, 1.0))
+    return follow([whole], num_frames=num_frames).c2w()
 
 
 def _path(
