@@ -24,7 +24,7 @@ EXAMPLES = {ANGLE: "30deg", DISTANCE: "0.5", FACTOR: "2x", TIME: "2s, 30frames o
 
 _TOKEN = re.compile(
     r"(?P<preset>preset\s+[^;+\d]*?)(?=\s*(?:[;+\d]|$|\b(?:speed|for|with)\b))"
-    r"|(?P<number>-?(?:\d+\.?\d*|\.\d+))(?:\s*(?P<unit>°|%|[a-z]+\b))?"
+    r"|(?P<number>-?(?:\d+\.?\d*|\.\d+))(?:\s*(?P<unit>°|%|[a-z]+))?"
     r"|(?P<word>[a-z][a-z-]*)"
     r"|(?P<mark>[;+:,])",
     re.IGNORECASE,
