@@ -13,15 +13,21 @@ from pathlib import Path
 
 import torch
 
-from camera.number_lines import Line, content_lines, is_number, no_rows, number_text, read_rows
+from camera.file_settings import CameraFileSettings, SourceFrames
+from camera.matrices import (
+    FILE_ROTATION_TOLERANCE,
+    LARGEST_FOCAL,
+    nearest_rotations,
+    normalised_intrinsics,
+    pixel_intrinsics,
+)
+from camera.number_lines import Line, content_lines, is_number, no_rows, number_text, read_lines, read_rows
 from camera.path import CameraPath, inverse_poses, rotation_error
+from camera.path_notes import comment_lines, comment_notes, notes_of, path_with_notes
 from core.files import atomic_path
 
 COLUMNS = 19
 LAYOUT = "timestamp, fx fy cx cy divided by the frame size, 0 0, 3x4 world-to-camera matrix"
-
-_ROTATION_TOLERANCE = 2e-3  # files with three decimals pass
-_LARGEST_FOCAL = 50.0  # widths; a longer lens than any, so the number is in pixels
 
 
 def without_header(lines: list[Line]) -> list[Line]:
@@ -29,36 +35,32 @@ def without_header(lines: list[Line]) -> list[Line]:
     content = content_lines(lines)
     if not content or content[0].number != 1:
         return content
-    words = re.split(r"[,\s]+", content[0].text.strip())
+    words = re.split(r"[,\s]+", content[0].text.partition("#")[0].strip())
     is_header = len(words) == 1 or (len(words) != COLUMNS and not is_number(words[0]))
     return content[1:] if is_header else content
 
 
-def read_re10k(lines: list[Line], *, height: int, width: int, fps: float | None) -> CameraPath:
-    """A path from the lines of a RealEstate10K file. Timestamps are not used: the video has its own clock.
+def read_re10k(file: Path, settings: CameraFileSettings, frames: SourceFrames) -> CameraPath:
+    """A path from a RealEstate10K file. Timestamps are not used: the video has its own clock.
 
     Args:
-        lines: of the whole file, header included.
-        height: pixels of the video's frames.
-        width: pixels of the video's frames.
-        fps: of the video.
+        file: text, header included.
+        settings: nothing of them is left open by the format.
+        frames: of the video.
 
     Raises:
         InputError: names the file and the line.
     """
+    lines = read_lines(file)
     rows = read_rows(without_header(lines), COLUMNS, LAYOUT, _check_row)
     if not rows:
-        raise no_rows(lines[0].file)
+        raise no_rows(file)
     numbers = torch.tensor(rows, dtype=torch.float64)  # [T, 19]
     w2c = torch.eye(4, dtype=torch.float64).repeat(len(rows), 1, 1)  # [T, 4, 4]
     w2c[:, :3] = numbers[:, 7:].reshape(-1, 3, 4)
-    left, _, right = torch.linalg.svd(w2c[:, :3, :3])
-    w2c[:, :3, :3] = left @ right  # nearest rotation: takes away the rounding of printed digits
-    K = torch.zeros(len(rows), 3, 3, dtype=torch.float64)
-    K[:, 0, 0], K[:, 1, 1] = numbers[:, 1] * width, numbers[:, 2] * height
-    K[:, 0, 2], K[:, 1, 2] = numbers[:, 3] * width, numbers[:, 4] * height
-    K[:, 2, 2] = 1
-    return CameraPath(c2w=inverse_poses(w2c), K=K, height=height, width=width, fps=fps)
+    w2c[:, :3, :3] = nearest_rotations(w2c[:, :3, :3])  # takes away the rounding of printed digits
+    K = pixel_intrinsics(numbers[:, 1:5], height=frames.height, width=frames.width)
+    return path_with_notes(file, inverse_poses(w2c), K, comment_notes(lines), frames)
 
 
 def write_re10k(path: CameraPath, file: Path | str, *, header: str = "") -> None:
@@ -67,23 +69,29 @@ def write_re10k(path: CameraPath, file: Path | str, *, header: str = "") -> None
     Args:
         path: any pinhole path. Timestamps are microseconds by its fps, all 0 where it has none.
         file: to be written.
-        header: the first line, for instance the clip's address.
+        header: the first line, for instance the clip's address. The notes of the path (pose frame, scale rule, fps, mean
+            depth) follow it as comments in the same line, which other readers of the format skip.
     """
-    size = torch.tensor([path.width, path.height, path.width, path.height], dtype=torch.float64)
-    K = torch.stack([path.K[:, 0, 0], path.K[:, 1, 1], path.K[:, 0, 2], path.K[:, 1, 2]], -1) / size  # [T, 4]
+    K = normalised_intrinsics(path)  # [T, 4]
     w2c = inverse_poses(path.c2w)[:, :3].flatten(1)  # [T, 12]
     rows = []
     for index, (intrinsics, pose) in enumerate(zip(K.tolist(), w2c.tolist(), strict=True)):
         timestamp = round(index * 1e6 / path.fps) if path.fps else 0
         rows.append(" ".join([str(timestamp), *map(number_text, intrinsics), "0 0", *map(number_text, pose)]))
+    first_line = " ".join([*header.split(), *comment_lines(notes_of(path))])
     with atomic_path(file) as temporary:
-        temporary.write_text("\n".join([" ".join(header.split()), *rows]) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join([first_line, *rows]) + "\n", encoding="utf-8")
 
 
-def _check_row(line: Line, row: list[float]) -> None:
+def check_intrinsics_columns(line: Line, row: list[float]) -> None:
+    """Refuse columns 2 to 7 that are no normalised intrinsics without distortion; ComfyUI's rows have the same.
+
+    Raises:
+        InputError: names the line.
+    """
     if min(row[1:3]) <= 0:
         raise line.error(f"expected positive focal lengths in columns 2 and 3, found {row[1]:g} and {row[2]:g}")
-    if max(row[1:3]) > _LARGEST_FOCAL:
+    if max(row[1:3]) > LARGEST_FOCAL:
         raise line.error(
             f"expected focal lengths divided by the frame's width and height in columns 2 and 3, found {row[1]:g} and "
             f"{row[2]:g}, which look like pixels; divide columns 2 and 4 by the width, 3 and 5 by the height"
@@ -93,8 +101,12 @@ def _check_row(line: Line, row: list[float]) -> None:
             f"expected 0 0 in columns 6 and 7, found {row[5]:g} {row[6]:g}; lens distortion is not "
             "supported, undistort the frames first"
         )
+
+
+def _check_row(line: Line, row: list[float]) -> None:
+    check_intrinsics_columns(line, row)
     rotation = torch.tensor(row[7:], dtype=torch.float64).reshape(3, 4)[:, :3]
-    if not rotation_error(rotation) < _ROTATION_TOLERANCE:
+    if not rotation_error(rotation) < FILE_ROTATION_TOLERANCE:
         raise line.error(
             "expected a 3x4 world-to-camera matrix, row by row, in columns 8 to 19, found a 3x3 part that is no "
             f"rotation (determinant {torch.linalg.det(rotation):.4g} where 1 is expected)"

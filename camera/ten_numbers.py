@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from camera.number_lines import Line, content_lines, no_rows, number_text, read_rows
+from camera.file_settings import FOV_AXES, CameraFileSettings, SourceFrames
+from camera.number_lines import Line, content_lines, no_rows, number_text, read_lines, read_rows
 from camera.path import CameraPath, FovAxis, intrinsics_from_fov
+from camera.path_notes import comment_lines, comment_notes, notes_of, path_with_notes
 from core.errors import InputError, nearest
 from core.files import atomic_path
 
 COLUMNS = 10
 LAYOUT = "x y z, camera right axis, camera down axis, field of view in degrees"
-FOV_AXES: tuple[FovAxis, ...] = ("horizontal", "vertical")
 
 _SMALLEST_LENGTH = 1e-9  # of a rotation vector
 _SMALLEST_SINE = 1e-3  # of the angle between the two rotation vectors
@@ -68,29 +69,29 @@ def from_ten_numbers(
     return c2w, intrinsics_from_fov(numbers[:, 9], height=height, width=width, axis=fov_axis)
 
 
-def read_ten(lines: list[Line], *, height: int, width: int, fov_axis: FovAxis, fps: float | None) -> CameraPath:
-    """A path from the lines of a 10-number file.
+def read_ten(file: Path, settings: CameraFileSettings, frames: SourceFrames) -> CameraPath:
+    """A path from a 10-number file.
 
     Args:
-        lines: of the whole file, comments included.
-        height: pixels of the video's frames.
-        width: pixels of the video's frames.
-        fov_axis: the side that the field of view spans, where the file itself does not say it.
-        fps: of the video.
+        file: text, comments included.
+        settings: its fov_axis counts where the file itself does not say one.
+        frames: of the video.
 
     Raises:
         InputError: names the file and the line.
     """
+    lines = read_lines(file)
     rows = read_rows(content_lines(lines), COLUMNS, LAYOUT, _check_row)
     if not rows:
-        raise no_rows(lines[0].file)
+        raise no_rows(file)
     numbers = torch.tensor(rows, dtype=torch.float64)  # [T, 10]
-    c2w, K = from_ten_numbers(numbers, height=height, width=width, fov_axis=_fov_axis_of(lines) or fov_axis)
-    return CameraPath(c2w=c2w, K=K, height=height, width=width, fps=fps)
+    fov_axis = _fov_axis_of(lines) or settings.fov_axis
+    c2w, K = from_ten_numbers(numbers, height=frames.height, width=frames.width, fov_axis=fov_axis)
+    return path_with_notes(file, c2w, K, comment_notes(lines), frames)
 
 
 def write_ten(path: CameraPath, file: Path | str) -> None:
-    """Write a path as a 10-number file, with 15 digits.
+    """Write a path as a 10-number file, with 15 digits. Comments keep its pose frame, scale rule, fps and mean depth.
 
     Args:
         path: square pixels and a centred principal point, as the format has one field of view and nothing else.
@@ -110,6 +111,7 @@ def write_ten(path: CameraPath, file: Path | str) -> None:
             f"{path.height}x{path.width}; write it as RealEstate10K instead"
         )
     header = ["# x y z  right_x right_y right_z  down_x down_y down_z  field_of_view_degrees", "# fov_axis: horizontal"]
+    header += comment_lines(notes_of(path))
     rows = ten_numbers(path.c2w, path.K, path.width).tolist()
     text = "\n".join([*header, *(" ".join(map(number_text, row)) for row in rows)])
     with atomic_path(file) as temporary:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from camera.formats import read_camera
+from camera.formats import read_camera_file
 from camera.path import CameraPath
 from camera.scale import in_scale
 from core.errors import InputError
 from dataset.clips import Clip
+from dataset.video import list_frames
 
 
 def read_clip_camera(clip: Clip) -> CameraPath:
@@ -30,12 +31,12 @@ def read_clip_camera(clip: Clip) -> CameraPath:
             f"scene of frames, the file as camera_params"
         )
     crop, settings = clip.crop, clip.camera.settings
-    path = read_camera(
+    path = read_camera_file(
         clip.camera.path,
+        settings,
         height=crop.source_height,
         width=crop.source_width,
-        fov_axis=settings.fov_axis,
-        format=settings.format,
+        frame_names=[file.name for file in list_frames(clip.source)] if clip.source.is_dir() else None,
     )
     try:
         path = _at_frames(path, clip).cropped(

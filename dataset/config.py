@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import toml
 
+from camera.file_settings import AXES, CAMERA_FORMATS, DIRECTIONS, FOV_AXES, CameraFileSettings
 from camera.scale import PER_CLIP, SCALE_RULES, parse_scale_rule
 from core.errors import InputError, nearest
 from dataset.extraction import EXTRACTIONS, Extraction
@@ -27,11 +28,9 @@ RESAMPLED_FPS = 16.0  # the rate that source_fps alone asks for, as in musubi-tu
 
 
 @dataclass(frozen=True, kw_only=True)
-class CameraSettings:
-    """How the camera files of a data set are read."""
+class CameraSettings(CameraFileSettings):
+    """How the camera files of a data set are read, and in whose coordinates their poses are cached."""
 
-    format: Literal["auto", "ten", "re10k"]
-    fov_axis: Literal["horizontal", "vertical"]
     pose_frame: Literal["scene", "first"]
     scale: str = "none"  # as camera.scale.parse_scale_rule spells it
     fps: float | None = None  # poses per second of the camera file; None: one pose for every frame of the source
@@ -135,6 +134,12 @@ def _lengths(value: Any) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def _angle(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < 180):
+        raise ValueError("an angle in degrees between 0 and 180")
+    return float(value)
+
+
 def _scale_rule(value: Any) -> str:
     try:
         return parse_scale_rule(value if isinstance(value, str) else "")
@@ -182,14 +187,28 @@ KEYS: dict[str, Key] = {
     "target_fps": Key(_rate, None),
     "camera_directory": Key(_path, None, kind="video"),
     "camera_params": Key(_path, None, kind="frames"),
-    "camera_format": Key(_choice("auto", "ten", "re10k"), "auto"),
-    "fov_axis": Key(_choice("horizontal", "vertical"), "horizontal"),
+    "camera_format": Key(_choice(*CAMERA_FORMATS), "auto"),
+    "camera_direction": Key(_choice(*DIRECTIONS), None),
+    "camera_axes": Key(_choice(*AXES), None),
+    "camera_fov": Key(_angle, None),
+    "camera_name": Key(_text, None),
+    "camera_size": Key(_size, None),
+    "fov_axis": Key(_choice(*FOV_AXES), "horizontal"),
     "pose_frame": Key(_choice("scene", "first"), None),
     "camera_scale": Key(_scale_rule, "none"),
     "camera_fps": Key(_rate, None),
     "prompt": Key(_text, None, kind="frames"),
 }
-CAMERA_KEYS = ("camera_format", "fov_axis", "pose_frame", "camera_scale", "camera_fps")
+CAMERA_FILE_KEYS = {  # key -> field of CameraFileSettings
+    "camera_format": "format",
+    "camera_direction": "direction",
+    "camera_axes": "axes",
+    "camera_fov": "fov_degrees",
+    "camera_name": "name",
+    "camera_size": "size",
+    "fov_axis": "fov_axis",
+}
+CAMERA_KEYS = (*CAMERA_FILE_KEYS, "pose_frame", "camera_scale", "camera_fps")
 EXTRACTION_KEYS = {"frame_stride": "slide", "frame_sample": "uniform", "max_frames": "full"}
 
 
@@ -306,8 +325,7 @@ def _dataset(path: Path, where: str, table: Any, shared: Mapping[str, Any]) -> V
         "target_fps": target_fps,
         "target_frames": values["target_frames"] or (),
         "camera": CameraSettings(
-            format=values["camera_format"],
-            fov_axis=values["fov_axis"],
+            **{field: values[key] for key, field in CAMERA_FILE_KEYS.items()},
             pose_frame=values["pose_frame"] or ("first" if kinds == ["video"] else "scene"),
             scale=values["camera_scale"],
             fps=values["camera_fps"],

@@ -103,7 +103,8 @@ def test_the_examples_in_the_docs_are_one_camera(tmp_path: Path) -> None:
 def test_the_tensor_of_ten_numbers_is_the_row_of_the_file(tmp_path: Path) -> None:
     path = random_path()
     write_ten(path, tmp_path / "camera.txt")
-    rows = [list(map(float, line.split())) for line in (tmp_path / "camera.txt").read_text().splitlines()[2:]]
+    lines = (tmp_path / "camera.txt").read_text().splitlines()
+    rows = [list(map(float, line.split())) for line in lines if line[0] != "#"]
     numbers = ten_numbers(path.c2w[None].float(), path.K[None].float(), WIDTH)
     assert numbers.shape == (1, 7, 10) and numbers.dtype == torch.float32
     torch.testing.assert_close(numbers[0].double(), torch.tensor(rows, dtype=torch.float64), atol=1e-5, rtol=1e-6)

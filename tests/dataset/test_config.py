@@ -189,7 +189,7 @@ def test_the_camera_formats_are_those_of_the_readers():
     for name in ("auto", *FORMATS):
         assert KEYS["camera_format"].read(name) == name
     with pytest.raises(ValueError):
-        KEYS["camera_format"].read("colmap")
+        KEYS["camera_format"].read("colmapp")
 
 
 def test_reading_a_config_imports_no_torch():
