@@ -1,7 +1,7 @@
 """Step 4: fit a LoRA, and a camera encoder beside it, to the cached clips by flow matching.
 
     accelerate launch train_network.py --dataset_config x.toml --network_module networks.lora_camera \\
-        --network_args injection=plucker --network_dim 32 --network_alpha 32 --learning_rate 1e-4 \\
+        --network_args injection=plucker_light --network_dim 32 --network_alpha 32 --learning_rate 1e-4 \\
         --max_train_epochs 16 --fp8_scaled --gradient_checkpointing --blocks_to_swap 38 \\
         --output_dir out --output_name my_camera
     python train_network.py ...      the same in one process
@@ -77,7 +77,7 @@ class Options:
     network_dropout: float = 0.0
     """Share of the rank that a training step leaves out."""
     network_args: tuple[str, ...] = ()
-    """key=value ...: injection=bias|plucker, camera_lr=..., include_patterns=..., exclude_patterns=..."""
+    """key=value ...: injection=..., camera_rank=..., camera_lr=..., include_patterns=... (docs/mechanisms.md)"""
 
     # ---- optimisation ---------------------------------------------------------------------------------------------
     optimizer_type: str = "AdamW8bit"
@@ -179,12 +179,14 @@ class TrainedExpert:
     probability: float  # of a step
 
 
-def training_step(expert: TrainedExpert, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
-    """The flow-matching loss of one batch. noise [B, C, F, H, W], sigma [B] -> scalar."""
+def training_step(
+    expert: TrainedExpert, batch: Batch, noise: Tensor, sigma: Tensor, keep: Tensor | None = None
+) -> Tensor:
+    """The flow-matching loss of one batch. noise [B, C, F, H, W], sigma [B], keep of `draw_keep` [B] -> scalar."""
     noised = flow.add_noise(batch.latents, noise, sigma)  # [B, C, F, H, W]
     camera = None
     if batch.c2w is not None:
-        camera = expert.network.encode_camera(batch.c2w, batch.K, batch.height, batch.width)  # tokens [B, F, h, w, D]
+        camera = expert.network.encode_camera(batch.c2w, batch.K, batch.height, batch.width, keep=keep)
     velocity = expert.dit(
         noised,
         timestep=1000 * sigma,
@@ -225,7 +227,7 @@ def main(options: Options) -> None:
         text_encoder=fingerprint(files.t5) if files.t5 else None,
         latent_channels=variant.vae.z_dim,
         context_width=variant.dit.text_dim,
-        condition=variant.image_conditioning == "channels",
+        condition_channels=variant.dit.condition_channels,
         image_context=variant.image_encoder is not None,
     )
 
@@ -343,7 +345,9 @@ def main(options: Options) -> None:
             sigma = flow.sample_sigma(len(batch.keys), low=low, high=high, generator=generator, **law)  # [B]
             noise = torch.randn(batch.latents.shape, generator=generator)
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout draws from the global state
-            loss = training_step(expert, batch, noise.to(device), sigma.to(device))
+            dropout = generator_for(options.seed, "camera_dropout", step, micro_step, rank)
+            keep = expert.network.draw_keep(len(batch.keys), dropout)
+            loss = training_step(expert, batch, noise.to(device), sigma.to(device), keep)
             (loss / options.gradient_accumulation_steps).backward()
             mean_loss += loss.item() / options.gradient_accumulation_steps
 

@@ -73,3 +73,25 @@ def read_patterns(network_args: Mapping[str, str], name: str) -> tuple[str, ...]
             f"network argument {name}: expected a pattern or a list such as ['self_attn'], found {value!r}"
         )
     return tuple(patterns)
+
+
+def read_share(network_args: Mapping[str, str], name: str) -> float:
+    """A share from 0 to below 1; 0 where the argument is not given."""
+    try:
+        share = float(network_args.get(name, "0"))
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < 1:
+        raise InputError(f"network argument {name}: expected a share from 0 to below 1, found {network_args[name]!r}")
+    return share
+
+
+def read_range(network_args: Mapping[str, str], name: str, *, last: int) -> tuple[int, int]:
+    """First and last number of a range such as "0-19", or of one number; all up to `last` where it is not given."""
+    value = network_args.get(name, f"0-{last}")
+    ends = value.split("-")
+    if len(ends) > 2 or not all(end.isdecimal() for end in ends) or not int(ends[0]) <= int(ends[-1]) <= last:
+        raise InputError(
+            f"network argument {name}: expected a range between 0 and {last} such as 0-{last // 2}, found {value!r}"
+        )
+    return int(ends[0]), int(ends[-1])

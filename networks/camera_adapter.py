@@ -17,17 +17,18 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from camera.rays import plucker_rays
-from core.errors import InputError
-from wan_ext.condition import TEMPORAL_STRIDE
+from networks.camera_features import CameraEncoder
+from networks.camera_settings import CameraSettings
+from wan_ext.condition import TEMPORAL_STRIDE, CameraCondition
 from wan_ext.configs import WanVariant
 from wan_ext.control_adapter import FRAMES_AT_ONCE, ControlAdapter, zero_start
 
 
-class PluckerAdapter(nn.Module):
+class PluckerAdapter(CameraEncoder):
     """The full control adapter as a camera encoder: poses and intrinsics to one vector per token.
 
     Rays of a few latent frames at a time are made, used and forgotten, and made again in backward: at 81 frames of
@@ -35,48 +36,24 @@ class PluckerAdapter(nn.Module):
 
     Args:
         variant: the model: its width, and how many pixels a token covers.
-        hidden: not used: the adapter's width is the model's.
+        settings: not looked at: the adapter has no choices.
         generator: CPU generator that draws the weights; None: the global one.
-        device: where the weights live.
     """
 
-    def __init__(
-        self,
-        variant: WanVariant,
-        *,
-        hidden: int = 0,
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__()
+    def __init__(self, variant: WanVariant, settings: CameraSettings, generator: torch.Generator | None) -> None:
+        super().__init__(variant)
         with torch.device("meta"):
             self.control_adapter = ControlAdapter(variant.dit.dim, variant.vae.stride[1])
         self.control_adapter.to_empty(device="cpu")
         zero_start(self.control_adapter, generator)
-        self.control_adapter.to(device)
 
-    def forward(self, c2w: Tensor, K: Tensor, height: int, width: int) -> Tensor:
-        """The term for the tokens.
-
-        Args:
-            c2w: camera-to-world poses of every video frame, [B, T, 4, 4], T = 4 (F - 1) + 1.
-            K: intrinsics in pixels of the frame, [B, T, 3, 3].
-            height: of the frame, pixels.
-            width: of the frame, pixels.
-
-        Returns:
-            float32 [B, F, h, w, D].
-
-        Raises:
-            InputError: a number of frames or a frame size that does not fit the model.
-        """
-        adapter = self.control_adapter
-        check_clip(c2w.shape[1], height, width, token=2 * adapter.downscale)
-        device = adapter.conv.weight.device
+    def encode(self, c2w: Tensor, K: Tensor, height: int, width: int) -> CameraCondition:
+        """One vector per token, float32 [B, F, h, w, D]."""
         groups = FRAMES_AT_ONCE * TEMPORAL_STRIDE
-        poses = repeat_first(c2w.to(device)).split(groups, 1)  # [B, 4 f, 4, 4], f latent frames each
-        intrinsics = repeat_first(K.to(device)).split(groups, 1)
-        return torch.cat([self.some_frames(*part, height, width) for part in zip(poses, intrinsics, strict=True)], 1)
+        poses = repeat_first(c2w).split(groups, 1)  # [B, 4 f, 4, 4], f latent frames each
+        intrinsics = repeat_first(K).split(groups, 1)
+        parts = zip(poses, intrinsics, strict=True)
+        return CameraCondition(tokens=torch.cat([self.some_frames(*part, height, width) for part in parts], 1))
 
     def some_frames(self, c2w: Tensor, K: Tensor, height: int, width: int) -> Tensor:
         """The term of a few latent frames, from four poses each. -> [B, f, h, w, D]"""
@@ -112,14 +89,5 @@ def rays_of_groups(c2w: Tensor, K: Tensor, height: int, width: int) -> Tensor:
 
 
 def repeat_first(frames: Tensor) -> Tensor:
-    """The first of T = 4 (F - 1) + 1 frames four times, so that they stand in groups of four. [B, T, ...] -> [B, 4 F, ...]"""
+    """The first of T = 4 (F - 1) + 1 frames four times, then the rest: groups of four. [B, T, ...] -> [B, 4 F, ...]"""
     return torch.cat([frames[:, :1].expand(-1, TEMPORAL_STRIDE - 1, *frames.shape[2:]), frames], 1)
-
-
-def check_clip(num_frames: int, height: int, width: int, *, token: int) -> None:
-    """Refuse a clip that does not fill latent frames and tokens. Raises InputError."""
-    if num_frames % TEMPORAL_STRIDE != 1:
-        raise InputError(f"camera path: expected 4n + 1 frames (1, 5, 9, ...), found {num_frames}")
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels % token:
-            raise InputError(f"{name}: expected a multiple of {token} pixels, found {pixels}")

@@ -34,7 +34,7 @@ class GuidedExpert:
         v = v(neg, -) + camera_guidance (v(neg, camera) - v(neg, -)) + guidance_scale (v(text, camera) - v(neg, camera))
 
     It asks for a network that was trained with camera_dropout, so that it knows what no camera looks like. A step runs
-    the DiT once for each prediction that the two scales leave in the sum: one (both 1), two (camera_guidance 1) or three.
+    the DiT once where both scales are 1, twice where camera_guidance is 1, and else three times.
     """
 
     dit: WanDiT

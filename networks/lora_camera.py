@@ -1,8 +1,8 @@
-"""`--network_module networks.lora_camera`: LoRA and a camera encoder, trained together.
+"""`--network_module networks.lora_camera`: LoRA and a camera mechanism, trained together.
 
---network_args injection=plucker|bias  how the camera enters (see networks/camera_encoders.py)
-               camera_lr=1e-3          learning rate of the encoder; that of the LoRA if not given
-               camera_hidden=512       width of the encoder
+--network_args injection=...           how the camera enters: see docs/mechanisms.md
+               camera_...=...          its choices: see networks/camera_settings.py
+               camera_lr=1e-3          learning rate of the mechanism; that of the LoRA if not given
                include_patterns=...    which linears get a LoRA, by regular expressions over their names
                exclude_patterns=...
 """
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
-from networks.arguments import check_names, read_choice, read_int, read_patterns, read_positive
-from networks.camera_encoders import INJECTIONS, CameraEncoder
+from networks.arguments import check_names, read_choice, read_patterns, read_positive
+from networks.camera_encoders import DEFAULT_INJECTION, INJECTIONS, build_camera
+from networks.camera_settings import OPTIONS, read_camera_settings
+from networks.lora_linear import LoRAAdapter
 from networks.network import (
-    CAMERA_PREFIX,
-    CameraSettings,
+    CAMERA_PREFIXES,
     Network,
     NetworkSettings,
     adapters_from_weights,
@@ -36,9 +37,7 @@ from wan_ext.dit import WanDiT
 
 MODULE = "networks.lora_camera"
 NEEDS_CAMERA = True
-ARGUMENTS = ("injection", "camera_lr", "camera_hidden", "include_patterns", "exclude_patterns")
-DEFAULT_INJECTION = "plucker"
-DEFAULT_HIDDEN = 512
+ARGUMENTS = (*OPTIONS, "include_patterns", "exclude_patterns")
 
 
 def create_network(
@@ -82,6 +81,7 @@ def create_network(
             f"--network_module {MODULE}: expected a data set with cameras, found none; name its camera_directory in "
             f"the dataset config, or train networks.lora"
         )
+    injection = read_choice(network_args, "injection", tuple(INJECTIONS), DEFAULT_INJECTION)
     settings = NetworkSettings(
         module=MODULE,
         task=variant.name,
@@ -91,17 +91,19 @@ def create_network(
         dropout=dropout,
         include=read_patterns(network_args, "include_patterns"),
         exclude=read_patterns(network_args, "exclude_patterns"),
-        camera=CameraSettings(
-            injection=read_choice(network_args, "injection", tuple(INJECTIONS), DEFAULT_INJECTION),
-            hidden=read_int(network_args, "camera_hidden", DEFAULT_HIDDEN),
+        camera=read_camera_settings(
+            network_args,
+            injection=injection,
+            defaults=INJECTIONS[injection].defaults,
+            variant=variant,
             pose_frame=pose_frame,
             scale_rule=scale_rule or "none",
         ),
     )
     camera_lr = read_positive(network_args, "camera_lr")
     adapters = build_adapters(dit, settings, generator=generator)
-    encoder = build_encoder(settings, variant, device=_device_of(dit), generator=generator)
-    return attach(dit, Network(settings, adapters, encoder, camera_lr))
+    network = _with_camera(dit, settings, adapters, variant, generator=generator, camera_lr=camera_lr)
+    return attach(dit, network)
 
 
 def load_network(
@@ -129,34 +131,34 @@ def load_network(
     Raises:
         InputError: a network of another task, expert or model, or weights that are not all there; the DiT is unchanged.
     """
-    lora = {name: tensor for name, tensor in weights.items() if not name.startswith(CAMERA_PREFIX)}
-    camera = {name: tensor for name, tensor in weights.items() if name.startswith(CAMERA_PREFIX)}
+    lora = {name: tensor for name, tensor in weights.items() if not name.startswith(CAMERA_PREFIXES)}
+    camera = {name: tensor for name, tensor in weights.items() if name.startswith(CAMERA_PREFIXES)}
     settings = settings_from_metadata(metadata)
-    if settings.camera is None or settings.camera.injection not in INJECTIONS:
-        raise InputError(
-            f"metadata: expected injection {' or '.join(INJECTIONS)}, found {metadata.get('injection', 'none')}; the "
-            f"file comes from another version of this trainer"
-        )
+    if settings.camera is None:
+        raise InputError("metadata: expected the injection of a network with a camera, found none")
     check_belongs(settings, variant, expert)
     adapters = adapters_from_weights(dit, lora)
     check_weights(lora, lora_shapes(dit, settings))
-    encoder = build_encoder(settings, variant, device=_device_of(dit), generator=torch.Generator())
-    network = Network(settings, adapters, encoder)
+    network = _with_camera(dit, settings, adapters, variant, generator=torch.Generator())
     network.load_weights(lora | camera)
     return attach(dit, network, multiplier=multiplier).requires_grad_(False).eval()
 
 
-def build_encoder(
+def _with_camera(
+    dit: WanDiT,
     settings: NetworkSettings,
+    adapters: Mapping[str, LoRAAdapter],
     variant: WanVariant,
     *,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-) -> CameraEncoder:
-    """A new camera encoder as the settings describe it."""
+    generator: torch.Generator | None,
+    camera_lr: float | None = None,
+) -> Network:
+    """The network of an expert, with a new camera mechanism if this expert is to hear the camera."""
     assert settings.camera is not None
-    encoder_class = INJECTIONS[settings.camera.injection]
-    return encoder_class(variant, hidden=settings.camera.hidden, generator=generator, device=device)
+    if not settings.camera.heard_by(settings.expert):
+        return Network(settings, adapters)
+    encoder, branches = build_camera(settings.camera, variant, generator=generator, device=_device_of(dit))
+    return Network(settings, adapters, encoder, branches, camera_lr)
 
 
 def _device_of(dit: WanDiT) -> torch.device:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from core.errors import InputError, listing, nearest
 from memory.quant import QuantLinear
+from wan_ext.condition import CameraBranch
 
 
 class LoRAAdapter(nn.Module):
@@ -117,12 +118,15 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linears that can take a LoRA: every one inside `blocks.*`, by name, in the order of the model.
 
     Those outside the blocks (embeddings, head) are left out: no loader of diffusers takes a LoRA with alpha on them.
+    Those of a camera branch are not the model's.
     A linear that has a LoRA already counts as one linear.
     """
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, LINEAR_TYPES):
             yield name, module
+            return
+        if isinstance(module, CameraBranch):
             return
         for child_name, child in module.named_children():
             yield from walk(child, f"{name}.{child_name}" if name else child_name)

@@ -1,16 +1,18 @@
-"""What is trained on one expert: LoRA adapters, perhaps a camera encoder, and what a file has to say of them."""
+"""What is trained on one expert: LoRA adapters, perhaps a camera mechanism, and what a file has to say of them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import InputError, listing
-from networks.camera_encoders import CameraEncoder
+from networks.camera_encoders import INJECTIONS
+from networks.camera_features import CameraEncoder
+from networks.camera_settings import CameraSettings, camera_settings_from_metadata
 from networks.lora_linear import (
     LoRAAdapter,
     block_linears,
@@ -19,25 +21,14 @@ from networks.lora_linear import (
     remove_lora,
     select_linears,
 )
-from wan_ext.condition import CameraCondition
+from wan_ext.condition import CameraBranch, CameraCondition
 from wan_ext.configs import Expert, WanVariant
+from wan_ext.dit import SelfAttention
 
 LORA_PREFIX = "diffusion_model."
-CAMERA_PREFIX = "camera_encoder."
+ENCODER_PREFIX, BRANCH_PREFIX = "camera_encoder.", "camera_branches."
+CAMERA_PREFIXES = (ENCODER_PREFIX, BRANCH_PREFIX)
 DOWN, UP, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CameraSettings:
-    """How a network hears of the camera, and in which coordinates."""
-
-    injection: str
-    hidden: int
-    """Width of the encoder's hidden layers."""
-    pose_frame: str
-    """"scene" or "first", as in CameraPath: a network that learnt one does not understand the other."""
-    scale_rule: str = "none"
-    """How the translations it learnt were scaled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +54,8 @@ class NetworkSettings:
             args["exclude_patterns"] = list(self.exclude)
         ours = {"task": self.task, "expert": self.expert}
         if self.camera:
-            args |= {"injection": self.camera.injection, "camera_hidden": self.camera.hidden}
-            ours |= {
-                "injection": self.camera.injection,
-                "camera_hidden": str(self.camera.hidden),
-                "pose_frame": self.camera.pose_frame,
-                "scale_rule": self.camera.scale_rule,
-            }
+            args |= self.camera.arguments()
+            ours |= self.camera.metadata()
         return ours | {
             "ss_network_module": self.module,
             "ss_network_dim": str(self.rank),
@@ -90,14 +76,7 @@ def settings_from_metadata(metadata: Mapping[str, str]) -> NetworkSettings:
     """
     try:
         args = json.loads(metadata["ss_network_args"])
-        camera = None
-        if "injection" in metadata:
-            camera = CameraSettings(
-                injection=metadata["injection"],
-                hidden=int(metadata["camera_hidden"]),
-                pose_frame=metadata["pose_frame"],
-                scale_rule=metadata["scale_rule"],
-            )
+        camera = camera_settings_from_metadata(metadata, injections=INJECTIONS)
         return NetworkSettings(
             module=metadata["ss_network_module"],
             task=metadata["task"],
@@ -114,16 +93,18 @@ def settings_from_metadata(metadata: Mapping[str, str]) -> NetworkSettings:
 
 
 class Network(nn.Module):
-    """LoRA adapters on one expert, and the camera encoder that was trained with them.
+    """LoRA adapters on one expert, and the camera mechanism that was trained with them.
 
-    The adapters stand in the DiT too, inside its LoRALinears: that is where they act. This module owns what is trained,
-    so `.parameters()` holds no frozen weight, and `.train()`, `.eval()` and `.to()` act on both places.
+    The adapters stand in the DiT too, inside its LoRALinears, and so do the camera's branches, at its attentions: that
+    is where they act. This module owns what is trained, so `.parameters()` holds no frozen weight, and `.train()`,
+    `.eval()` and `.to()` act on both places.
 
     Args:
         settings: the structure.
         adapters: by the name of the linear that each is on.
-        camera_encoder: what turns poses into tokens; None: the network knows no camera.
-        camera_lr: learning rate of the camera encoder; None: that of the LoRA.
+        camera_encoder: what turns poses into what the DiT is told; None: this expert hears no camera.
+        camera_branches: by the number of the block that each stands in.
+        camera_lr: learning rate of encoder and branches; None: that of the LoRA.
     """
 
     def __init__(
@@ -131,12 +112,15 @@ class Network(nn.Module):
         settings: NetworkSettings,
         adapters: Mapping[str, LoRAAdapter],
         camera_encoder: CameraEncoder | None = None,
+        camera_branches: Mapping[int, CameraBranch] | None = None,
         camera_lr: float | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings
         self.adapters = nn.ModuleDict({name.replace(".", "/"): lora for name, lora in adapters.items()})
         self.camera_encoder = camera_encoder
+        branches = {str(block): branch for block, branch in (camera_branches or {}).items()}
+        self.camera_branches = nn.ModuleDict(branches)
         self.camera_lr = camera_lr
 
     @property
@@ -144,7 +128,9 @@ class Network(nn.Module):
         """Adapters by the name of the linear that each is on."""
         return {key.replace("/", "."): lora for key, lora in self.adapters.items()}  # type: ignore[misc]
 
-    def encode_camera(self, c2w: Tensor, K: Tensor, height: int, width: int) -> CameraCondition | None:
+    def encode_camera(
+        self, c2w: Tensor, K: Tensor, height: int, width: int, *, keep: Tensor | None = None
+    ) -> CameraCondition | None:
         """What the DiT is told of the camera.
 
         Args:
@@ -152,13 +138,22 @@ class Network(nn.Module):
             K: intrinsics in pixels of the frame, [B, T, 3, 3].
             height: of the frame, pixels.
             width: of the frame, pixels.
+            keep: 0 where a clip's camera is dropped, as `draw_keep` says; None: all are heard. [B]
 
         Returns:
-            A term for the tokens; None from a network without camera.
+            None from a network without camera.
         """
         if self.camera_encoder is None:
             return None
-        return CameraCondition(tokens=self.camera_encoder(c2w, K, height, width))
+        condition: CameraCondition = self.camera_encoder(c2w, K, height, width)
+        return condition if keep is None else replace(condition, keep=keep.to(c2w.device))
+
+    def draw_keep(self, num_clips: int, generator: torch.Generator) -> Tensor | None:
+        """Which clips of a training step hear their camera, as camera_dropout says; None: all. float32 [B]"""
+        camera = self.settings.camera
+        if camera is None or camera.dropout == 0:
+            return None
+        return (torch.rand(num_clips, generator=generator) >= camera.dropout).float()
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:
         """Groups for an optimizer, each with a "name" for logs: "high_lora", "high_camera"."""
@@ -166,9 +161,8 @@ class Network(nn.Module):
         groups = [{"name": f"{expert}_lora", "params": list(self.adapters.parameters()), "lr": learning_rate}]
         if self.camera_encoder is not None:
             camera_lr = learning_rate if self.camera_lr is None else self.camera_lr
-            groups.append(
-                {"name": f"{expert}_camera", "params": list(self.camera_encoder.parameters()), "lr": camera_lr}
-            )
+            parameters = [*self.camera_encoder.parameters(), *self.camera_branches.parameters()]
+            groups.append({"name": f"{expert}_camera", "params": parameters, "lr": camera_lr})
         return groups
 
     def lora_state(self) -> dict[str, Tensor]:
@@ -181,10 +175,14 @@ class Network(nn.Module):
         return state
 
     def camera_state(self) -> dict[str, Tensor]:
-        """The camera encoder under camera_encoder.*; empty without one."""
-        if self.camera_encoder is None:
-            return {}
-        return {f"{CAMERA_PREFIX}{name}": tensor.detach() for name, tensor in self.camera_encoder.state_dict().items()}
+        """The camera under camera_encoder.* and camera_branches.<block>.*; empty without one."""
+        parts = ((ENCODER_PREFIX, self.camera_encoder), (BRANCH_PREFIX, self.camera_branches))
+        return {
+            f"{prefix}{name}": tensor.detach()
+            for prefix, part in parts
+            if part is not None
+            for name, tensor in part.state_dict().items()
+        }
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights, as `lora_state` and `camera_state` name them, into this network.
@@ -208,12 +206,26 @@ class Network(nn.Module):
         return self.settings.metadata()
 
     def remove(self, dit: nn.Module) -> None:
-        """Take the LoRA out of the DiT, which is then what it was before."""
+        """Take everything out of the DiT, which is then what it was before."""
         remove_lora(dit, self.named_adapters)
+        for attention in self.seams(dit):
+            attention.camera = None
 
     def merge(self, dit: nn.Module) -> None:
-        """Add the LoRA to the DiT's weights and take it out. Raises InputError where these are in 8 bits."""
+        """Add the LoRA to the DiT's weights and take it out; the camera stays, it is no sum with weights.
+
+        Raises:
+            InputError: the weights are in 8 bits.
+        """
         merge_lora(dit, self.named_adapters)
+
+    def seams(self, dit: nn.Module) -> list[SelfAttention]:
+        """The attentions of a DiT at which this network's branches stand, in the order of the branches."""
+        if not self.camera_branches:
+            return []
+        assert self.settings.camera is not None
+        seam = INJECTIONS[self.settings.camera.injection].seam
+        return [dit.get_submodule(f"blocks.{block}.{seam}") for block in self.camera_branches]  # type: ignore[misc]
 
 
 def build_adapters(
@@ -298,9 +310,20 @@ def adapters_from_weights(dit: nn.Module, weights: Mapping[str, Tensor]) -> dict
 
 
 def attach(dit: nn.Module, network: Network, *, multiplier: float = 1.0) -> Network:
-    """Freeze the DiT, put the network's LoRA into it and return the network."""
+    """Freeze the DiT, put the network's LoRA and branches into it and return the network.
+
+    Raises:
+        InputError: another network's branches stand there already; the DiT is unchanged then.
+    """
+    seams = network.seams(dit)
+    if any(attention.camera is not None for attention in seams):
+        raise InputError(
+            "expected at most one network that hears the camera inside the blocks, found two; leave one out"
+        )
     dit.requires_grad_(False)
     inject_lora(dit, network.named_adapters, multiplier=multiplier)
+    for attention, branch in zip(seams, network.camera_branches.values(), strict=True):
+        attention.camera = branch  # type: ignore[assignment]
     network.requires_grad_(True)
     return network
 

@@ -2,8 +2,12 @@
 
 Parameter names are those of the official checkpoints, so files load and LoRAs save without a map.
 
-    noised, condition -> patches -> (+ camera) -> blocks -> head -> velocity
+    noised, condition -> patches -> blocks -> head -> velocity
     block:  x += gate * self_attn(modulate(norm1(x)));  x += cross_attn(norm3(x));  x += gate * ffn(modulate(norm2(x)))
+
+A camera enters at three places, each visible in a `forward`: the noised latents, the tokens after the patch embedding,
+and `self_attn.camera` or `cross_attn.camera`, a `CameraBranch` that a network puts there. Without a camera all three
+are passed by.
 
 Precision: the residual stream `x`, the norms, the modulation, the time embedding, the patch embedding and the head are
 float32; the linears of the blocks and of the text and image embeddings run in the dtype of their weights, which
@@ -28,8 +32,16 @@ from torch import Tensor, nn
 from core.errors import InputError
 from memory.runners import BlockRunner, run_plain
 from wan_ext.attention import attention, check_backend
-from wan_ext.condition import CameraCondition, add_camera
+from wan_ext.condition import (
+    CameraBranch,
+    CameraCondition,
+    add_branch,
+    add_camera_latents,
+    add_camera_tokens,
+    kept,
+)
 from wan_ext.configs import DiTConfig
+from wan_ext.control_adapter import ControlAdapter
 from wan_ext.norms import LayerNorm, ModulatedNorm, RMSNorm
 from wan_ext.rope import rope_table, rotate
 
@@ -51,6 +63,8 @@ class WanDiT(nn.Module):
         dim = config.dim
         self.config = config
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
+        downscale = config.control_downscale
+        self.control_adapter = None if downscale is None else ControlAdapter(dim, downscale)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
@@ -97,7 +111,7 @@ class WanDiT(nn.Module):
             context: text features, S <= text_len; zero-padded here and attended without a mask. [B, S, text_dim]
             condition: I2V channels, 4 mask and 16 latent. [B, 20, F, H, W]
             image_context: CLIP features, for models with an image branch. [B, 257, 1280]
-            camera: added to the tokens after the patch embedding.
+            camera: what a network's encoder made of a camera path.
             run_blocks: how the blocks run.
 
         Returns:
@@ -108,13 +122,17 @@ class WanDiT(nn.Module):
         """
         self._check(noised, timestep, context, condition, image_context)
         patch_size = self.config.patch_size
+        if camera is not None:
+            noised = add_camera_latents(noised, camera)
         if condition is not None:
             noised = torch.cat((noised, condition.to(noised)), dim=1)
         frames, height, width = (size // patch for size, patch in zip(noised.shape[2:], patch_size, strict=True))
         grid = (frames, height, width)
         x = self.embed_patches(noised)  # [B, L, D]
         if camera is not None:
-            x = add_camera(x, camera, grid)
+            x = add_camera_tokens(x, camera, grid)
+        if camera is not None and camera.rays is not None:
+            x = x + kept(self.embed_rays(camera.rays, grid), camera.keep)
 
         time = self.embed_time(timestep)  # [B, 1|F, D]
         modulation = run_float32(self.time_projection, time).unflatten(-1, (6, -1))  # [B, 1|F, 6, D]
@@ -123,7 +141,8 @@ class WanDiT(nn.Module):
         if self.img_emb is not None:
             image_context = self.img_emb(image_context, self.dtype)  # [B, 257, D]
 
-        x = run_blocks(list(self.blocks), x, modulation, context, rope, image_context)
+        features, keep = (None, None) if camera is None else (camera.features, camera.keep)
+        x = run_blocks(list(self.blocks), x, modulation, context, rope, image_context, features, keep)
         x = self.head(x, time)  # [B, L, out_dim * 4]
         return self.unpatchify(x, grid)
 
@@ -133,6 +152,15 @@ class WanDiT(nn.Module):
         patches = rearrange(noised.float(), "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=pf, ph=ph, pw=pw)
         weight, bias = (parameter.float() for parameter in self.patch_embedding.parameters())
         return F.linear(patches, weight.flatten(1), bias)
+
+    def embed_rays(self, rays: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Wan-Fun: what the model's own camera adapter makes of the rays. [B, 24, F, 8 H, 8 W] -> [B, L, D]"""
+        if self.control_adapter is None:
+            raise InputError("camera rays: expected a model with a camera adapter (Wan-Fun), found one without")
+        term = self.control_adapter(rays)  # [B, F, h, w, D]
+        if term.shape[1:4] != grid:
+            raise InputError(f"camera rays: expected them to cover {grid} tokens, found {tuple(term.shape[1:4])}")
+        return term.flatten(1, 3)
 
     def embed_time(self, timestep: Tensor) -> Tensor:
         """timestep [B] or [B, F] -> [B, 1|F, D]"""
@@ -207,7 +235,14 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, context: Tensor, rope: Tensor, image_context: Tensor | None = None
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        context: Tensor,
+        rope: Tensor,
+        image_context: Tensor | None = None,
+        features: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """One block.
 
@@ -217,6 +252,8 @@ class WanBlock(nn.Module):
             context: embedded text; its dtype is the one the linears compute in. [B, text_len, D]
             rope: from `rope_table`. [2, L, 1, d/2]
             image_context: embedded CLIP tokens. [B, 257, D]
+            features: of the camera, for the branches at the attentions; None: they are passed by.
+            keep: 0 where a clip's camera is dropped. [B]
 
         Returns:
             [B, L, D]
@@ -225,8 +262,9 @@ class WanBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (
             self.modulation.float()[:, None] + modulation
         ).unbind(2)  # [B, 1|F, D]
-        x = add_gated(x, self.self_attn(self.norm1(x, shift_attn, scale_attn, dtype), rope), gate_attn)
-        x = x + self.cross_attn(self.norm3(x, dtype), context, image_context)
+        attended = self.self_attn(self.norm1(x, shift_attn, scale_attn, dtype), rope, features, keep)
+        x = add_gated(x, attended, gate_attn)
+        x = x + self.cross_attn(self.norm3(x, dtype), context, image_context, features, keep)
         return add_gated(x, self.ffn(self.norm2(x, shift_ffn, scale_ffn, dtype)), gate_ffn)
 
 
@@ -244,13 +282,20 @@ class SelfAttention(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.norm_q = RMSNorm(dim, config.eps)
         self.norm_k = RMSNorm(dim, config.eps)
+        self.camera: CameraBranch | None = None
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """x [B, L, D], rope [2, L, 1, d/2] -> [B, L, D]"""
+    def forward(self, x: Tensor, rope: Tensor, features: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """x [B, L, D], rope [2, L, 1, d/2], features and keep as in the block -> [B, L, D]"""
+        camera = None if features is None else self.camera
+        if camera is not None:
+            x = add_branch(x, camera.before(x, features), keep)
         v = self.heads(self.v(x))
         q = rotate(self.heads(self.norm_q(self.q(x))), rope).to(v.dtype)  # [B, L, N, d]
         k = rotate(self.heads(self.norm_k(self.k(x))), rope).to(v.dtype)
-        return self.o(attention(q, k, v, backend=self.backend).flatten(2))
+        out = self.o(attention(q, k, v, backend=self.backend).flatten(2))
+        if camera is not None:
+            out = add_branch(out, camera.after(out, x, q, features), keep)
+        return out
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, N, d]"""
@@ -267,8 +312,15 @@ class CrossAttention(SelfAttention):
             self.v_img = nn.Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x: Tensor, context: Tensor, image_context: Tensor | None = None) -> Tensor:
-        """x [B, L, D], context [B, S, D], image_context [B, 257, D] -> [B, L, D]"""
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        context: Tensor,
+        image_context: Tensor | None = None,
+        features: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, L, D], context [B, S, D], image_context [B, 257, D], the rest as in the block -> [B, L, D]"""
         v = self.heads(self.v(context))
         q = self.heads(self.norm_q(self.q(x)).to(v.dtype))
         k = self.heads(self.norm_k(self.k(context)).to(v.dtype))
@@ -276,7 +328,10 @@ class CrossAttention(SelfAttention):
         if image_context is not None:
             k = self.heads(self.norm_k_img(self.k_img(image_context)).to(v.dtype))
             out = out + attention(q, k, self.heads(self.v_img(image_context)), backend=self.backend)
-        return self.o(out.flatten(2))
+        out = self.o(out.flatten(2))
+        if self.camera is not None and features is not None:
+            out = add_branch(out, self.camera.after(out, x, q, features), keep)
+        return out
 
 
 class ImageEmbedding(nn.Module):
@@ -345,7 +400,7 @@ def sinusoid(timestep: Tensor, width: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
 
 
-FLOAT32_MODULES = ("patch_embedding.", "time_embedding.", "time_projection.", "head.")
+FLOAT32_MODULES = ("patch_embedding.", "control_adapter.conv.", "time_embedding.", "time_projection.", "head.")
 
 
 def storage_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

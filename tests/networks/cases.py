@@ -31,8 +31,19 @@ VARIANTS = {
 }
 NETWORKS = {
     "lora": (lora, {}),
-    "plucker": (lora_camera, {"injection": "plucker", "camera_hidden": "64"}),
+    "plucker_light": (lora_camera, {"injection": "plucker_light", "camera_hidden": "64"}),
     "bias": (lora_camera, {"injection": "bias", "camera_hidden": "64"}),
+    "plucker": (lora_camera, {"injection": "plucker"}),
+    "latent_bias": (lora_camera, {"injection": "latent_bias", "camera_hidden": "64"}),
+    "film": (lora_camera, {"injection": "film", "camera_hidden": "64", "camera_rank": "16"}),
+    "cross_attention": (lora_camera, {"injection": "cross_attention", "camera_hidden": "64", "camera_rank": "16"}),
+    "self_attention": (lora_camera, {"injection": "self_attention", "camera_hidden": "64", "camera_rank": "16"}),
+    "self_attention, full": (lora_camera, {"injection": "self_attention", "camera_rank": "full", "camera_blocks": "1"}),
+    "ray_attention": (lora_camera, {"injection": "ray_attention", "camera_absolute": "no", "camera_rank": "32"}),
+    "ray_attention, absolute": (
+        lora_camera,
+        {"injection": "ray_attention", "camera_hidden": "64", "camera_rank": "64"},
+    ),
 }
 NUM_FRAMES, SIZE = 9, (3, 4, 6)  # video frames; latent frames, rows and columns
 
@@ -50,7 +61,7 @@ def make_dit(variant: WanVariant, *, quantised: bool = False, seed: int = 0) -> 
 def make_network(
     dit: WanDiT,
     variant: WanVariant,
-    kind: str = "plucker",
+    kind: str = "plucker_light",
     *,
     seed: int = 3,
     rank: int = 4,

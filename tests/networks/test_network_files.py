@@ -20,7 +20,7 @@ from wan_ext.configs import WanVariant
 T2V = VARIANTS["T2V"]
 
 
-def save(folder: Path, kind: str = "plucker", variant: WanVariant = T2V, name: str = "mine", **changes) -> Path:
+def save(folder: Path, kind: str = "plucker_light", variant: WanVariant = T2V, name: str = "mine", **changes) -> Path:
     """A disturbed network's LoRA file."""
     network = make_network(make_dit(variant), variant, kind, **changes)
     disturb(network)
@@ -73,7 +73,7 @@ def test_the_multiplier_scales_the_lora(tmp_path: Path) -> None:
     ],
 )
 def test_file_names_and_their_contents(task: str, expert: str, names: list[str], tmp_path: Path) -> None:
-    network = make_network(make_dit(VARIANTS[task]), VARIANTS[task], "plucker", expert=expert)
+    network = make_network(make_dit(VARIANTS[task]), VARIANTS[task], "plucker_light", expert=expert)
     files = save_network(network, tmp_path, "mine", {"prompt": "a room", "task": "wrong"}, dtype=torch.bfloat16)
     assert [file.name for file in files] == names and sorted(tmp_path.iterdir()) == sorted(files)
     weights, metadata = read_safetensors(files[0])
@@ -92,7 +92,7 @@ def test_file_names_and_their_contents(task: str, expert: str, names: list[str],
         "ss_network_alpha": "2.0",
         "task": VARIANTS[task].name,
         "expert": expert,
-        "injection": "plucker",
+        "injection": "plucker_light",
         "camera_hidden": "64",
         "pose_frame": "scene",
         "scale_rule": "none",
@@ -102,7 +102,7 @@ def test_file_names_and_their_contents(task: str, expert: str, names: list[str],
         "modelspec.architecture": f"wan-{VARIANTS[task].name}/lora",
     }
     assert expected.items() <= metadata.items()
-    assert json.loads(metadata["ss_network_args"]) == {"injection": "plucker", "camera_hidden": 64}
+    assert json.loads(metadata["ss_network_args"]) == {"injection": "plucker_light", "camera_hidden": 64}
     assert camera_metadata["lora_file"] == names[0] and camera_metadata["pair_id"] == metadata["pair_id"]
     assert read_network_file(files[0]) == metadata
 
@@ -215,7 +215,7 @@ def test_the_other_experts_file_is_passed_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", [lora, lora_camera])
 def test_a_network_module_refuses_the_other_expert_and_another_task(module, tmp_path: Path) -> None:
-    path = save(tmp_path, "lora" if module is lora else "plucker", expert="high")
+    path = save(tmp_path, "lora" if module is lora else "plucker_light", expert="high")
     weights, metadata = read_safetensors(path)
     with pytest.raises(InputError, match="expected a network of the low-noise expert, found one of the high-noise"):
         module.load_network(make_dit(T2V), weights, metadata, variant=T2V, expert="low")
@@ -229,7 +229,7 @@ def test_a_network_of_another_task_is_refused(tmp_path: Path) -> None:
     refused(path, "expected a network of task i2v-A14B, found one of task t2v-A14B", variant=VARIANTS["I2V"])
 
 
-@pytest.mark.parametrize("kind", ["lora", "plucker"])
+@pytest.mark.parametrize("kind", ["lora", "plucker_light"])
 def test_a_lora_of_another_model_is_refused(kind: str, tmp_path: Path) -> None:
     wider = replace(T2V, dit=replace(T2V.dit, dim=128))
     path = save(tmp_path, kind, wider)
@@ -242,7 +242,7 @@ def test_a_lora_of_another_model_is_refused(kind: str, tmp_path: Path) -> None:
     refused(path, "expected the 60 weights of this network, found 30: diffusion_model.blocks.1.* missing")
 
 
-@pytest.mark.parametrize("kind", ["lora", "plucker"])
+@pytest.mark.parametrize("kind", ["lora", "plucker_light"])
 def test_missing_and_unexpected_weights_are_refused(kind: str, tmp_path: Path) -> None:
     for drop, message in (
         ("blocks.0.ffn.0.lora_B", "blocks.0.ffn.0: expected lora_A.weight and lora_B.weight, found no lora_B.weight"),

@@ -5,7 +5,9 @@ import torch
 
 from wan_ext.condition import (
     CameraCondition,
-    add_camera,
+    add_branch,
+    add_camera_latents,
+    add_camera_tokens,
     first_frame_condition,
     first_frame_mask,
     first_frame_timestep,
@@ -66,7 +68,23 @@ def test_first_frame_is_put_in_place_and_nothing_else_changes(batched):
 
 def test_camera_tokens_are_added_by_frame_row_column():
     tokens, vectors = torch.randn(1, 2 * 3 * 4, 5), torch.randn(1, 2, 3, 4, 5)
-    added = add_camera(tokens, CameraCondition(vectors), (2, 3, 4))
+    added = add_camera_tokens(tokens, CameraCondition(tokens=vectors), (2, 3, 4))
     assert torch.equal(added, tokens + vectors.reshape(1, 24, 5))
-    frame = add_camera(tokens, CameraCondition(vectors[:, :, :1, :1]), (2, 3, 4))
+    frame = add_camera_tokens(tokens, CameraCondition(tokens=vectors[:, :, :1, :1]), (2, 3, 4))
     assert torch.equal(frame[0, 12:], tokens[0, 12:] + vectors[0, 1, 0, 0])
+
+
+def test_camera_latents_are_added_to_every_position_of_a_frame_and_dropped_where_not_kept():
+    noised, vectors = torch.randn(2, 5, 3, 4, 4), torch.randn(2, 5, 3, 1, 1)
+    assert torch.equal(add_camera_latents(noised, CameraCondition(latents=vectors)), noised + vectors)
+    dropped = add_camera_latents(noised, CameraCondition(latents=vectors, keep=torch.tensor([0.0, 1.0])))
+    assert torch.equal(dropped, torch.stack((noised[0], (noised + vectors)[1])))
+    assert add_camera_latents(noised, CameraCondition(tokens=vectors)) is noised
+
+
+def test_what_a_branch_adds_is_spread_over_frames_or_tokens():
+    x = torch.randn(2, 3 * 4, 5)
+    frames, tokens = torch.randn(2, 3, 1, 5), torch.randn(2, 1, 12, 5)
+    assert torch.equal(add_branch(x, frames, None), x + frames.expand(-1, -1, 4, -1).flatten(1, 2))
+    assert torch.equal(add_branch(x, tokens, torch.tensor([1.0, 0.0])), torch.stack((x[0] + tokens[0, 0], x[1])))
+    assert add_branch(x, None, None) is x

@@ -54,9 +54,9 @@ def test_text_is_padded_with_zeros_to_text_len(dit, inputs):
 def test_a_zero_camera_changes_no_bit_and_another_one_does(dit, inputs, spread):
     plain = dit(inputs.noised, **inputs.keywords())
     zeros = torch.zeros(2, 3, *spread, SMALL.dim)
-    assert torch.equal(plain, dit(inputs.noised, **inputs.keywords(), camera=CameraCondition(zeros)))
+    assert torch.equal(plain, dit(inputs.noised, **inputs.keywords(), camera=CameraCondition(tokens=zeros)))
     # Not a constant over the channels: the layer norms would remove it.
-    camera = CameraCondition(torch.randn(zeros.shape, generator=torch.Generator().manual_seed(0)))
+    camera = CameraCondition(tokens=torch.randn(zeros.shape, generator=torch.Generator().manual_seed(0)))
     moved = dit(inputs.noised, **inputs.keywords(), camera=camera)
     assert (moved - plain).abs().max() > 1e-2
 
@@ -67,7 +67,7 @@ def test_a_camera_vector_meets_the_token_of_its_frame_row_and_column(inputs):
         parameter.zero_()  # nothing travels from token to token
     tokens = torch.zeros(2, 3, 2, 3, SMALL.dim)
     tokens[1, 2, 1, 0] = 1
-    change = dit(inputs.noised, **inputs.keywords(), camera=CameraCondition(tokens))
+    change = dit(inputs.noised, **inputs.keywords(), camera=CameraCondition(tokens=tokens))
     change -= dit(inputs.noised, **inputs.keywords())
     changed = (change.abs().amax(dim=1) > 0).nonzero()  # [n, 4]: clip, frame, row, column of latents
     assert changed.unique(dim=0).tolist() == [[1, 2, row, column] for row in (2, 3) for column in (0, 1)]
