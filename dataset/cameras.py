@@ -22,8 +22,8 @@ def read_clip_camera(clip: Clip) -> CameraPath:
         T poses, with intrinsics in pixels of the clip's height x width.
 
     Raises:
-        InputError: the clip has no camera, its file cannot be read, or the file has another number of poses than the
-            source has frames.
+        InputError: the clip has no camera, its file cannot be read, holds another number of poses than the source has
+            frames, or says that it holds a motion (pose frame "first") where coordinates of a place are asked for.
     """
     if clip.camera is None:
         raise InputError(
@@ -38,6 +38,12 @@ def read_clip_camera(clip: Clip) -> CameraPath:
         width=crop.source_width,
         frame_names=[file.name for file in list_frames(clip.source)] if clip.source.is_dir() else None,
     )
+    if path.pose_frame == "first" and settings.pose_frame == "scene":
+        raise InputError(
+            f'{clip.camera.path}: expected poses in the coordinates of one place, which pose_frame = "scene" says, found '
+            f'a file of pose frame "first", a motion that does not say where it starts; set pose_frame = "first", or '
+            f"give it a start with python tools/camera_path.py convert {clip.camera.path} OUTPUT --pose_frame scene"
+        )
     try:
         path = _at_frames(path, clip).cropped(
             resized_height=crop.resized_height,
