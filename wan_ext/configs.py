@@ -1,7 +1,9 @@
 """The Wan models as rows of a table: shapes, schedules and conditioning of each task. Imports no torch.
 
 Sources: Wan-Video/Wan2.1 and Wan2.2 `wan/configs/*.py` and `wan/modules/{model,vae2_1,vae2_2,t5,clip}.py` for shapes
-and sampling defaults; the latent means and deviations stand in `wan/modules/vae2_1.py` and `vae2_2.py`.
+and sampling defaults; the latent means and deviations stand in `wan/modules/vae2_1.py` and `vae2_2.py`. Wan-Fun:
+the examples `predict_v2v_control_camera*.py` and the folder `config` of VideoX-Fun, and the shapes of its checkpoints
+in the tables of DiffSynth-Studio.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Literal
 from core.errors import InputError, nearest
 
 Expert = Literal["high", "low"]
-ImageConditioning = Literal["none", "channels", "first_frame"]
+ImageConditioning = Literal["none", "channels", "first_frame", "channels_and_first_frame"]
 
 
 # What Wan is guided away from unless the user says otherwise; the models were tuned with it.
@@ -33,7 +35,7 @@ class DiTConfig:
     num_heads: int
     num_layers: int
     in_dim: int
-    """Channels of the patch embedding: latent channels, plus 20 condition channels for I2V."""
+    """Channels of the patch embedding: those of the latents, and of the condition (20 for I2V; 16, 20, 52: Wan-Fun)."""
     out_dim: int
     """Latent channels."""
     text_dim: int = 4096
@@ -49,6 +51,13 @@ class DiTConfig:
     """CLIP tokens of one image: 16 x 16 patches and a class token."""
     first_last_positions: bool = False
     """Wan2.1 FLF2V: a learned position embedding over the tokens of two images."""
+    control_downscale: int | None = None
+    """Wan-Fun: pixels per latent pixel, which its camera adapter folds; None: the model has no camera adapter."""
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of the condition, which stand after those of the noised latents; 0: the model takes none."""
+        return self.in_dim - self.out_dim
 
     @property
     def head_dim(self) -> int:
@@ -124,12 +133,22 @@ class WanVariant:
     width: int = 832
     negative_prompt: str = NEGATIVE_PROMPT
     image_conditioning: ImageConditioning = "none"
-    """How a first frame enters: not at all, as 20 condition channels, or as clean latents at timestep 0 (TI2V)."""
+    """How a first frame enters: not at all, as condition channels, as clean latents at timestep 0 (TI2V), or both."""
 
     @property
     def experts(self) -> tuple[Expert, ...]:
         """The experts in the order of sampling. A model without a boundary has one, called "low"."""
         return ("low",) if self.boundary is None else ("high", "low")
+
+    @property
+    def hears_camera(self) -> bool:
+        """Whether the model itself takes a camera: the Wan-Fun models with a camera adapter."""
+        return self.dit.control_downscale is not None
+
+    @property
+    def needs_first_frame(self) -> bool:
+        """Whether the model cannot do without a first frame. Wan-Fun takes a condition of zeros instead."""
+        return self.image_conditioning == "channels" and not self.hears_camera
 
     @property
     def spatial_stride(self) -> int:
@@ -167,6 +186,11 @@ DIT_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim
 T2V_14B = WanVariant(
     name="t2v-14B", dit=DIT_14B, vae=VAE_2_1, text_encoder=UMT5_XXL, shift=5.0, steps=50, guidance_scale=5.0, fps=16,
     num_frames=81)
+DIT_1_3B = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16)
+TI2V_5B = WanVariant(
+    name="ti2v-5B", dit=DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
+    vae=VAE_2_2, text_encoder=UMT5_XXL, shift=5.0, steps=50, guidance_scale=5.0, fps=24, num_frames=121,
+    height=704, width=1280, image_conditioning="first_frame")
 
 TINY = WanVariant(
     name="tiny",
@@ -187,20 +211,27 @@ VARIANTS: dict[str, WanVariant] = {variant.name: variant for variant in (
     replace(
         T2V_14B, name="i2v-A14B", dit=replace(DIT_14B, in_dim=36), boundary=0.900, steps=40, guidance_scale=3.5,
         guidance_scale_high_noise=3.5, image_conditioning="channels"),
-    WanVariant(
-        name="ti2v-5B",
-        dit=DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
-        vae=VAE_2_2, text_encoder=UMT5_XXL, shift=5.0, steps=50, guidance_scale=5.0, fps=24, num_frames=121,
-        height=704, width=1280, image_conditioning="first_frame"),
+    TI2V_5B,
     # Wan2.1
-    replace(
-        T2V_14B, name="t2v-1.3B",
-        dit=DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16)),
+    replace(T2V_14B, name="t2v-1.3B", dit=DIT_1_3B),
     T2V_14B,
     replace(
         T2V_14B, name="i2v-14B", dit=replace(DIT_14B, in_dim=36, image_dim=1280), image_encoder=CLIP_VIT_H, steps=40,
         image_conditioning="channels"),
     replace(T2V_14B, name="t2i-14B", num_frames=1),
+    # Wan-Fun with a camera adapter
+    replace(
+        T2V_14B, name="fun-camera-A14B", dit=replace(DIT_14B, in_dim=36, control_downscale=8), boundary=0.900,
+        guidance_scale=6.0, guidance_scale_high_noise=6.0, image_conditioning="channels"),
+    replace(
+        TI2V_5B, name="fun-camera-5B", dit=replace(TI2V_5B.dit, in_dim=100, control_downscale=16), guidance_scale=6.0,
+        num_frames=81, image_conditioning="channels_and_first_frame"),
+    replace(
+        T2V_14B, name="fun-camera-1.3B", dit=replace(DIT_1_3B, in_dim=32, image_dim=1280, control_downscale=8),
+        image_encoder=CLIP_VIT_H, shift=3.0, guidance_scale=6.0, image_conditioning="channels"),
+    replace(
+        T2V_14B, name="fun-camera-14B", dit=replace(DIT_14B, in_dim=32, image_dim=1280, control_downscale=8),
+        image_encoder=CLIP_VIT_H, shift=3.0, guidance_scale=6.0, image_conditioning="channels"),
     # The mixtures of experts that ship in assets/, for laptops and tests.
     TINY,
     replace(TINY, name="tiny-i2v", dit=replace(TINY.dit, in_dim=36), image_conditioning="channels"),

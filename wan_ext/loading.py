@@ -6,6 +6,8 @@ precision that the DiT computes with (`wan_ext.dit.storage_dtype`); with `quanti
 bits as they are read, so that a 28 GB expert needs 15 GB of memory from the first byte to the last.
 
 What shapes cannot tell: the two experts of a mixture and Wan2.1's t2v-14B look alike. The user says which is which.
+
+A Wan-Fun checkpoint has a camera adapter among its tensors, which becomes a part of the DiT.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import prod
+from math import isqrt, prod
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from core.files import atomic_path, save_safetensors
 from wan_ext.assemble import fill_module, quantize_linears
 from wan_ext.checkpoint_files import Checkpoint, open_checkpoint
 from wan_ext.configs import VARIANTS, DiTConfig, WanVariant
+from wan_ext.control_adapter import PREFIX, RAY_CHANNELS
 from wan_ext.dit import WanDiT, storage_dtype
 from wan_ext.key_maps import dit_diffusers_name
 
@@ -43,6 +46,8 @@ class DiTShape:
     text_dim: int
     image_branch: bool
     first_last_positions: bool
+    control_downscale: int | None
+    """Pixels per latent pixel that the camera adapter folds, where there is one."""
 
     @classmethod
     def of_config(cls, config: DiTConfig) -> DiTShape:
@@ -55,6 +60,7 @@ class DiTShape:
             text_dim=config.text_dim,
             image_branch=config.image_dim is not None,
             first_last_positions=config.first_last_positions,
+            control_downscale=config.control_downscale,
         )
 
     @classmethod
@@ -84,6 +90,7 @@ class DiTShape:
                 text_dim=text[1],
                 image_branch=name_in_file("img_emb.proj.0.weight") in checkpoint,
                 first_last_positions=name_in_file("img_emb.emb_pos") in checkpoint,
+                control_downscale=control_downscale(checkpoint),
             )
         except (KeyError, IndexError, ZeroDivisionError):
             names = checkpoint.names()
@@ -96,6 +103,7 @@ class DiTShape:
     def __str__(self) -> str:
         extras = ", with image branch" if self.image_branch else ""
         extras += " and first-last positions" if self.first_last_positions else ""
+        extras += f", with camera adapter (1/{self.control_downscale})" if self.control_downscale else ""
         return (
             f"{self.num_layers} layers of width {self.dim} (ffn {self.ffn_dim}), {self.in_dim} channels in, "
             f"{self.out_dim} out, text width {self.text_dim}{extras}"
@@ -105,6 +113,12 @@ class DiTShape:
 def detect_variant(shape: DiTShape) -> tuple[str, ...]:
     """The tasks whose DiT has this shape: none, one, or several that only the user can tell apart."""
     return tuple(name for name, variant in VARIANTS.items() if DiTShape.of_config(variant.dit) == shape)
+
+
+def control_downscale(checkpoint: Checkpoint) -> int | None:
+    """Pixels per latent pixel that the camera adapter of a checkpoint folds; None: it has no camera adapter."""
+    name = f"{PREFIX}conv.weight"
+    return isqrt(checkpoint.shape(name)[1] // RAY_CHANNELS) if name in checkpoint else None
 
 
 def names_of(checkpoint: Checkpoint) -> Callable[[str], str]:

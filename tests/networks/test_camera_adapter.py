@@ -12,20 +12,23 @@ from camera.formats import read_camera
 from camera.rays import fold_frames, plucker_rays
 from core.errors import InputError
 from networks.camera_adapter import PluckerAdapter, control_rays
+from networks.camera_settings import CameraSettings
 from tests.networks.cases import NUM_FRAMES, SIZE, VARIANTS, Clip, make_clip
 from tests.wan_ext.models import GOLDEN
 from wan_ext.control_adapter import FRAMES_AT_ONCE
 
+SETTINGS = CameraSettings(injection="plucker", pose_frame="first")
+
 
 def lively(task: str = "T2V") -> PluckerAdapter:
-    encoder = PluckerAdapter(VARIANTS[task], generator=torch.Generator().manual_seed(0))
+    encoder = PluckerAdapter(VARIANTS[task], SETTINGS, torch.Generator().manual_seed(0))
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
     return encoder
 
 
 def encode(encoder: PluckerAdapter, clip: Clip) -> torch.Tensor:
-    return encoder(clip.c2w, clip.K, clip.height, clip.width)
+    return encoder(clip.c2w, clip.K, clip.height, clip.width).tokens
 
 
 def test_a_camera_file_becomes_the_published_tokens() -> None:
@@ -37,10 +40,10 @@ def test_a_camera_file_becomes_the_published_tokens() -> None:
     torch.testing.assert_close(control_rays(c2w, K, 32, 48), golden["folded"], atol=1e-5, rtol=0)
 
     variant = replace(VARIANTS["T2V"], dit=replace(VARIANTS["T2V"].dit, dim=16))
-    encoder = PluckerAdapter(variant)
+    encoder = PluckerAdapter(variant, SETTINGS, None)
     encoder.load_state_dict({f"control_{name}": t for name, t in golden.items() if name.startswith("adapter.")})
     with torch.no_grad():
-        out = encoder(c2w, K, 32, 48)
+        out = encoder(c2w, K, 32, 48).tokens
     assert (out - golden["adapter_out"].permute(0, 2, 3, 4, 1)).abs().max() < 1e-4
 
 
@@ -63,7 +66,7 @@ def test_a_latent_frame_hears_of_its_own_frames_only() -> None:
         for frame in range(NUM_FRAMES):
             moved = clip.c2w.clone()
             moved[:, frame, :3, 3] += 0.1
-            after = encoder(moved, clip.K, clip.height, clip.width)
+            after = encoder(moved, clip.K, clip.height, clip.width).tokens
             changed = (after != before).any(-1).any(-1).any(-1)  # [B, F]
             assert torch.equal(changed, (torch.arange(SIZE[0]) == (frame + 3) // 4).expand_as(changed))
 
@@ -74,7 +77,7 @@ def test_few_frames_at_a_time_are_all_frames_at_once() -> None:
     frames = [abs(i % 16 - 8) for i in range(4 * FRAMES_AT_ONCE + 5)]  # to and fro along the clip
     c2w, K = clip.c2w[:, frames], clip.K[:, frames]
     parameters = list(encoder.parameters())
-    out = encoder(c2w, K, clip.height, clip.width)
+    out = encoder(c2w, K, clip.height, clip.width).tokens
     plain = encoder.control_adapter.convolve(control_rays(c2w, K, clip.height, clip.width))
     torch.testing.assert_close(out, plain)
     assert out.shape[1] > FRAMES_AT_ONCE
@@ -87,9 +90,9 @@ def test_few_frames_at_a_time_are_all_frames_at_once() -> None:
 def test_autocast_does_not_coarsen_the_camera() -> None:
     encoder, clip = lively(), make_clip(VARIANTS["T2V"])
     c2w, K = clip.c2w.float(), clip.K.float()
-    plain = encoder(c2w, K, clip.height, clip.width)
+    plain = encoder(c2w, K, clip.height, clip.width).tokens
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(encoder(c2w, K, clip.height, clip.width), plain)
+        assert torch.equal(encoder(c2w, K, clip.height, clip.width).tokens, plain)
 
 
 def test_a_clip_that_does_not_fit_is_refused() -> None:

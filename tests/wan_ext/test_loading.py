@@ -197,7 +197,7 @@ def test_weights_that_are_not_numbers_are_refused_when_quantising(weights, tmp_p
 def test_all_faults_of_the_keys_are_one_error(weights, tmp_path):
     broken = {name: tensor for name, tensor in weights.items() if "cross_attn.norm" not in name}
     broken["blocks.0.self_attn.q.scale_weight"] = torch.ones(())  # of a weight that is not 8-bit: nobody uses it
-    broken["control_adapter.conv.weight"] = torch.ones(2)
+    broken["ref_conv.weight"] = torch.ones(2)
     broken["blocks.1.norm3.bias"] = torch.ones(7)
     save_file(broken, tmp_path / "w.safetensors")
     with pytest.raises(InputError) as error:
@@ -205,7 +205,7 @@ def test_all_faults_of_the_keys_are_one_error(weights, tmp_path):
     message = str(error.value)
     assert f"{tmp_path / 'w.safetensors'}: expected the DiT of t2v-A14B" in message
     assert "4 tensors missing (blocks.0.cross_attn.norm_k.weight, " in message
-    assert "2 unexpected or not consumed (blocks.0.self_attn.q.scale_weight, control_adapter.conv.weight)" in message
+    assert "2 unexpected or not consumed (blocks.0.self_attn.q.scale_weight, ref_conv.weight)" in message
     assert "1 of another shape (blocks.1.norm3.bias [7] for [128])" in message
     assert "\n" not in message
 
@@ -241,6 +241,48 @@ def test_variants_are_told_apart_by_their_shapes(task):
     shape = DiTShape.of_checkpoint(Shapes(VARIANTS[task].dit))
     alike = {"t2v-A14B", "t2v-14B", "t2i-14B"}
     assert set(detect_variant(shape)) == (alike if task in alike else {task})
+
+
+def fun(**changes: object):
+    """A small model with a camera adapter, in the layouts of the four published kinds."""
+    return replace(SMALL, **{"control_downscale": 8, **changes})
+
+
+FUN = {
+    "fun-camera-A14B": fun(in_dim=36),
+    "fun-camera-5B": fun(in_dim=100, out_dim=48, control_downscale=16),
+    "fun-camera-1.3B": fun(in_dim=32, image_dim=80),
+    "fun-camera-14B": fun(in_dim=32, image_dim=80, num_layers=3),
+}
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("task", FUN)
+def test_a_camera_adapter_is_a_part_of_the_dit_in_every_layout(task, quantize, tmp_path):
+    config = FUN[task]
+    weights = lively_dit(config).state_dict()
+    assert {name for name in weights if name.startswith("control_adapter.")} == {
+        f"control_adapter.{layer}.{leaf}"
+        for layer in ("conv", "residual_blocks.0.conv1", "residual_blocks.0.conv2")
+        for leaf in ("weight", "bias")
+    }
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file({f"model.diffusion_model.{n}": t for n, t in weights.items()}, tmp_path / "comfy.safetensors")
+    write_shards(weights, tmp_path / "high_noise_model")
+    variant = replace(get_variant(task), dit=config)
+    for path in (tmp_path / "comfy.safetensors", tmp_path / "high_noise_model", tmp_path):  # the last: by its stem
+        dit = load_dit(path, variant, dtype=torch.bfloat16, quantize=quantize)
+        for name, tensor in weights.items():
+            if name.startswith("control_adapter."):
+                assert torch.equal(dit.state_dict()[name], tensor.to(storage_dtype(name, torch.bfloat16)))
+        assert not any(parameter.requires_grad for parameter in dit.parameters())
+
+
+def test_a_model_with_a_camera_adapter_is_not_taken_for_one_without(tmp_path):
+    save_file(lively_dit(fun(in_dim=36)).state_dict(), tmp_path / "fun.safetensors")
+    plain = replace(get_variant("i2v-A14B"), dit=replace(SMALL, in_dim=36))
+    with pytest.raises(InputError, match=r"expected i2v-A14B .* found no known .*, with camera adapter \(1/8\)\)"):
+        load_dit(tmp_path / "fun.safetensors", plain, dtype=torch.float32)
 
 
 def test_another_variant_is_named_with_what_was_expected(weights, tmp_path):
