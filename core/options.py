@@ -56,7 +56,7 @@ def _interrupted(*_: object) -> None:
 
 
 def key_values(pairs: tuple[str, ...], flag: str) -> dict[str, str]:
-    """`("injection=plucker", "camera_lr=1e-3")` as a dictionary. The first "=" divides; a value may contain more.
+    """`("injection=plucker_light", "camera_lr=1e-3")` as a dictionary. The first "=" divides; a value may contain more.
 
     Raises:
         InputError: a pair has no "=", or a key comes twice.

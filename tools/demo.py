@@ -72,7 +72,7 @@ def main(options: Options) -> None:
     command(
         "train_network.py",
         *("--dataset_config", toml, "--network_module", "networks.lora_camera"),
-        *("--network_args", "injection=plucker", "camera_lr=2e-3"),
+        *("--network_args", "injection=plucker_light", "camera_lr=2e-3"),
         *("--network_dim", 16, "--network_alpha", 16, "--learning_rate", "1e-3", "--lr_scheduler", "cosine"),
         *("--lr_warmup_steps", 20, "--max_train_steps", options.steps, "--timestep_sampling", "uniform"),
         *("--mixed_precision", "no", "--seed", options.seed),

@@ -40,10 +40,7 @@ NETWORKS = {
     "self_attention": (lora_camera, {"injection": "self_attention", "camera_hidden": "64", "camera_rank": "16"}),
     "self_attention, full": (lora_camera, {"injection": "self_attention", "camera_rank": "full", "camera_blocks": "1"}),
     "ray_attention": (lora_camera, {"injection": "ray_attention", "camera_absolute": "no", "camera_rank": "32"}),
-    "ray_attention, absolute": (
-        lora_camera,
-        {"injection": "ray_attention", "camera_hidden": "64", "camera_rank": "64"},
-    ),
+    "ray_attention, absolute": (lora_camera, {"injection": "ray_attention", "camera_hidden": "64"}),
 }
 NUM_FRAMES, SIZE = 9, (3, 4, 6)  # video frames; latent frames, rows and columns
 
