@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ WALL_CLEARANCE, OBJECT_CLEARANCE = 0.45, 0.4  # metres
 
 
 def film(
-    scene: Scene, seed: int, *, num_frames: int, height: int, width: int, fps: float = 8.0, move: str | None = None
+    scene: Scene,
+    seed: int,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: float = 8.0,
+    move: str | Sequence[str] = MOVES,
 ) -> CameraPath:
     """A camera path through a scene, the same for the same seed at every frame size.
 
@@ -27,15 +35,16 @@ def film(
         height: frame height, pixels.
         width: frame width, pixels; the scene's field of view is across it.
         fps: frames per second written into the path.
-        move: one of `MOVES`; drawn from the seed when None.
+        move: one of `MOVES`, or several of which the seed draws one.
 
     Returns:
         A path in scene coordinates.
     """
     rng = random.Random(f"film {scene.seed} {seed}")
     for _ in range(1000):
-        position, target = _move(rng, scene, move or rng.choice(MOVES), num_frames)
-        if _is_clear(scene, position):
+        drawn = move if isinstance(move, str) else rng.choice(move)
+        position, target = _move(rng, scene, drawn, num_frames)
+        if is_clear(scene, position):
             break
     else:
         raise RuntimeError(f"no clear path in scene {scene.seed} for seed {seed}")
@@ -100,7 +109,8 @@ def _move(rng: random.Random, scene: Scene, move: str, num_frames: int) -> tuple
     return position, target
 
 
-def _is_clear(scene: Scene, position: Tensor) -> bool:
+def is_clear(scene: Scene, position: Tensor) -> bool:
+    """Whether cameras at these places, [T, 3], keep their distance from walls, floor, ceiling and objects."""
     sx, sy, sz = scene.size
     room = torch.tensor([sx / 2 - WALL_CLEARANCE, 0.0, sz / 2 - WALL_CLEARANCE], dtype=torch.float64)
     if bool((position[:, [0, 2]].abs() > room[[0, 2]]).any()):

@@ -14,7 +14,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from core.options import parse_options, run
 
 Move = Literal["orbit", "pan", "truck", "dolly", "pedestal", "wander"]
+MOVES: tuple[Move, ...] = get_args(Move)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +43,16 @@ class Options:
     """Seed of the first room; the others follow. The embedded model has seen rooms 1000 to 1599, none below."""
     seed: int = 0
     """Seed of the first path in each room; the others follow."""
-    move: Move | None = None
-    """One kind of camera move for all clips; a mixture when not given."""
+    move: tuple[Move, ...] = MOVES
+    """Kinds of camera moves; each clip is one of them."""
     supersample: int = 2
     """Samples along each side of a pixel."""
     batch_size: int = 2
     """Clips of a training batch, for the TOML."""
+    task: Literal["tiny", "tiny-i2v"] = "tiny"
+    """Embedded model that the TOML names: from text, or from text and a first frame."""
+    pose_frame: Literal["scene", "first"] | None = None
+    """Coordinates of the cameras, for the TOML; when not given: of the scene where there is one room, else first."""
 
 
 if __name__ == "__main__":
@@ -114,7 +119,7 @@ def plan(options: Options) -> list[dict]:
             "size": list(options.size),
             "frames": options.frames,
             "fps": options.fps,
-            "move": options.move,
+            "move": list(options.move),
             "supersample": options.supersample,
         }
         for index in range(options.scenes)
@@ -144,18 +149,20 @@ def start_folder(output: Path, clips: list[dict]) -> None:
 
 def dataset_toml(options: Options) -> str:
     """The dataset config of all clips, for the embedded model."""
-    model = ROOT / "assets" / "tiny-wan"
-    if model.is_relative_to(Path.cwd()):
-        model = model.relative_to(Path.cwd())
+    model = relative("tiny-wan")
+    experts = ""
+    if options.task == "tiny-i2v":
+        i2v = relative("tiny-wan-i2v")
+        experts = f'dit = "{i2v}/low_noise_model"\ndit_high_noise = "{i2v}/high_noise_model"\n'
     folder = options.output.as_posix()
     width, height = (side // 16 * 16 for side in options.size)
     return f"""# {options.scenes * options.clips_per_scene} rendered clips with known cameras.
 # docs/datasets.md describes every key.
 
 [model]
-task = "tiny"
-ckpt_dir = "{model.as_posix()}"
-
+task = "{options.task}"
+ckpt_dir = "{model}"
+{experts}
 [general]
 resolution = [{width}, {height}]
 batch_size = {options.batch_size}
@@ -165,8 +172,14 @@ video_directory = "{folder}/videos"
 camera_directory = "{folder}/cameras"
 cache_directory = "{folder}/cache"
 target_frames = [{(options.frames - 1) // 4 * 4 + 1}]
-pose_frame = "{"scene" if options.scenes == 1 else "first"}"
+pose_frame = "{options.pose_frame or ("scene" if options.scenes == 1 else "first")}"
 """
+
+
+def relative(asset: str) -> str:
+    """A folder of assets as the TOML names it: relative to the current directory where it lies below."""
+    folder = ROOT / "assets" / asset
+    return (folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder).as_posix()
 
 
 def write_text(file: Path, text: str) -> None:

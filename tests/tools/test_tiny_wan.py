@@ -10,12 +10,12 @@ from tools.tiny_wan.clips import FIRST_TRAINING_SCENE, held_out_clips, psnr, sce
 from tools.tiny_wan.dit import Material, generate, train_dit
 from tools.tiny_wan.stages import EXPERT_FOLDERS, TEXT_FILE, VAE_FILE, VARIANT, contexts
 from tools.tiny_wan.vae_start import principal_start
-from tools.tiny_wan.whole_vae import WholeClip
 from wan_ext.dit import WanDiT, init_weights
 from wan_ext.flow import add_noise, velocity_target
 from wan_ext.loading import load_dit
 from wan_ext.text_encoder import load_text_encoder
 from wan_ext.vae import WanVAE, build_vae, load_vae
+from wan_ext.whole_vae import WholeClip
 
 
 @pytest.fixture(scope="module")

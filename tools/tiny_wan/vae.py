@@ -16,10 +16,10 @@ from tqdm import tqdm
 from core.files import atomic_path, read_safetensors, save_safetensors
 from tools.tiny_wan.clips import held_out_clips, psnr, to_video, training_clips
 from tools.tiny_wan.vae_start import principal_start
-from tools.tiny_wan.whole_vae import WholeClip, norm_silu_kernel
 from wan_ext.condition import first_frame_condition, first_frame_video
 from wan_ext.configs import VAEConfig
 from wan_ext.vae import WanVAE, build_vae
+from wan_ext.whole_vae import WholeClip, norm_silu_kernel
 
 PRINCIPAL_CLIPS = 100
 CROP = (6, 8)  # latent rows and columns of a training crop

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from tools.tiny_wan.whole_vae import WholeClip
+from wan_ext.whole_vae import WholeClip
 
 ENCODER_LEVEL, DECODER_LEVEL = 30.0, 6.0  # the constant channel that makes a normalisation nearly linear
 STILL, BRANCH_GAIN = 1e-4, 0.15

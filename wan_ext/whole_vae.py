@@ -1,4 +1,4 @@
-"""The Wan2.1 autoencoder run on a whole clip at once, for training.
+"""The Wan2.1 autoencoder run on a whole clip at once: for training it, and where many small clips are encoded.
 
 AutoencoderKLWan walks through a clip in chunks and carries a cache from chunk to chunk; that saves memory, but is slow
 to train. These functions run the same modules on all frames: a causal convolution over the whole clip sees what the
