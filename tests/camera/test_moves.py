@@ -1,4 +1,4 @@
-"""The text of moves: what may be written in several ways says the same, and every mistake is one line with its place."""
+"""The text of moves: two ways to write the same are the same, and every mistake is one line with its place."""
 
 from __future__ import annotations
 
