@@ -1,4 +1,7 @@
-"""Injection `plucker`: the camera adapter of the Wan-Fun models, new and zero at start, on any Wan model.
+"""Injection `plucker`: the camera adapter of the Wan-Fun models.
+
+On any other Wan model it is new and zero at start. A Wan-Fun model has one already, which is frozen unless
+--train_control_adapter is given; it hears the rays whatever the injection is.
 
     rays of every pixel of every video frame -> convolutions (wan_ext/control_adapter.py) -> one vector per token
 
@@ -29,7 +32,7 @@ from wan_ext.control_adapter import FRAMES_AT_ONCE, ControlAdapter, zero_start
 
 
 class PluckerAdapter(CameraEncoder):
-    """The full control adapter as a camera encoder: poses and intrinsics to one vector per token.
+    """A new control adapter as a camera encoder: poses and intrinsics to one vector per token.
 
     Rays of a few latent frames at a time are made, used and forgotten, and made again in backward: at 81 frames of
     480 x 832 all of them would be 0.8 GB.
@@ -39,6 +42,8 @@ class PluckerAdapter(CameraEncoder):
         settings: not looked at: the adapter has no choices.
         generator: CPU generator that draws the weights; None: the global one.
     """
+
+    prefix = ""  # the names begin with control_adapter. as they are
 
     def __init__(self, variant: WanVariant, settings: CameraSettings, generator: torch.Generator | None) -> None:
         super().__init__(variant)
@@ -64,6 +69,14 @@ class PluckerAdapter(CameraEncoder):
         if torch.is_grad_enabled():
             return checkpoint(from_poses, c2w, K, use_reentrant=False)
         return from_poses(c2w, K)
+
+
+class RaysEncoder(CameraEncoder):
+    """What a Wan-Fun model is told of the camera, for its own adapter to make vectors of; it has no weights."""
+
+    def encode(self, c2w: Tensor, K: Tensor, height: int, width: int) -> CameraCondition:
+        """The rays of every pixel, float32 [B, 24, F, H, W]."""
+        return CameraCondition(rays=control_rays(c2w, K, height, width))
 
 
 def control_rays(c2w: Tensor, K: Tensor, height: int, width: int) -> Tensor:

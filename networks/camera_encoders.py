@@ -70,10 +70,15 @@ INJECTIONS: dict[str, Mechanism] = {
 DEFAULT_INJECTION = "plucker_light"
 
 
+def default_injection(variant: WanVariant) -> str:
+    """What stands for a missing `injection=`: a Wan-Fun model's own adapter, or the default."""
+    return "plucker" if variant.hears_camera else DEFAULT_INJECTION
+
+
 def build_camera(
     settings: CameraSettings, variant: WanVariant, *, generator: torch.Generator | None, device: torch.device | str
-) -> tuple[CameraEncoder, dict[int, CameraBranch]]:
-    """A new encoder, and the branches by the number of their block.
+) -> tuple[CameraEncoder | None, dict[int, CameraBranch]]:
+    """A new encoder, and the branches by the number of their block; None where a Wan-Fun model needs no encoder.
 
     Args:
         settings: the mechanism and its choices.
@@ -81,6 +86,8 @@ def build_camera(
         generator: CPU generator that draws the weights; None: the global one.
         device: where the weights live.
     """
+    if settings.injection == "plucker" and variant.hears_camera:
+        return None, {}  # the model has this mechanism of its own
     mechanism = INJECTIONS[settings.injection]
     encoder = mechanism.encoder(variant, settings, generator).to(device)
     build = mechanism.branch

@@ -41,6 +41,9 @@ FRAME_NUMBERS = 10 * TEMPORAL_STRIDE
 class CameraEncoder(nn.Module):
     """Base of the encoders: checks the clip and keeps the geometry in full precision."""
 
+    prefix = "camera_encoder."
+    """What the names of its weights begin with in a file."""
+
     def __init__(self, variant: WanVariant) -> None:
         super().__init__()
         self.patch_size = variant.dit.patch_size

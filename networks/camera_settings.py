@@ -8,6 +8,7 @@
     camera_absolute=yes   ray_attention: also a term that knows where in the world each token looks from
     camera_experts=both   which experts hear the camera: high, low or both
     camera_dropout=0      share of the clips of a training step that do not hear their camera
+    train_control_adapter=yes   Wan-Fun models: their own camera adapter is trained as well (--train_control_adapter)
 
 A mechanism names the options that it uses; any other one given for it is an error.
 """
@@ -24,7 +25,7 @@ from wan_ext.configs import Expert, WanVariant
 
 Rank = int | Literal["full"]
 
-SHARED_OPTIONS = ("injection", "camera_experts", "camera_dropout", "camera_lr")
+SHARED_OPTIONS = ("injection", "camera_experts", "camera_dropout", "camera_lr", "train_control_adapter")
 """What every mechanism uses."""
 OPTIONS = (*SHARED_OPTIONS, "camera_hidden", "camera_rank", "camera_blocks", "camera_absolute")
 """Everything about the camera that `--network_args` may say."""
@@ -47,6 +48,8 @@ class CameraSettings:
     """Which experts hear the camera."""
     dropout: float = 0.0
     """Share of the clips of a training step that do not hear their camera."""
+    train_control_adapter: bool = False
+    """Whether the adapter that a Wan-Fun model has of its own is trained; it is heard in any case."""
     pose_frame: str
     """"scene" or "first", as in CameraPath: a network that learnt one does not understand the other."""
     scale_rule: str = "none"
@@ -71,6 +74,7 @@ class CameraSettings:
             "camera_absolute": None if self.absolute is None else ("yes" if self.absolute else "no"),
             "camera_experts": None if self.experts == "both" else self.experts,
             "camera_dropout": self.dropout or None,
+            "train_control_adapter": "yes" if self.train_control_adapter else None,
         }
         return {name: value for name, value in given.items() if value is not None}
 
@@ -155,6 +159,12 @@ def read_camera_settings(
     experts = read_choice(network_args, "camera_experts", ("high", "low", "both"), "both")
     if experts != "both" and experts not in variant.experts:
         raise InputError(f"network argument camera_experts: {variant.name} has one expert, called low; found {experts}")
+    train_control_adapter = read_choice(network_args, "train_control_adapter", ("yes", "no"), "no") == "yes"
+    if train_control_adapter and not variant.hears_camera:
+        raise InputError(
+            f"--train_control_adapter: expected a model with a camera adapter (Wan-Fun), found {variant.name}, which "
+            f"has none; --network_args injection=plucker gives it a new one, which is always trained"
+        )
     return CameraSettings(
         injection=injection,
         hidden=hidden,
@@ -163,6 +173,7 @@ def read_camera_settings(
         absolute=absolute,
         experts=experts,  # type: ignore[arg-type]
         dropout=read_share(network_args, "camera_dropout"),
+        train_control_adapter=train_control_adapter,
         pose_frame=pose_frame,
         scale_rule=scale_rule,
     )
@@ -193,6 +204,7 @@ def camera_settings_from_metadata(metadata: Mapping[str, str], *, injections: Co
         absolute={"yes": True, "no": False}[metadata["camera_absolute"]] if "camera_absolute" in metadata else None,
         experts=metadata.get("camera_experts", "both"),  # type: ignore[arg-type]
         dropout=float(metadata.get("camera_dropout", 0)),
+        train_control_adapter={"yes": True, "no": False}[metadata.get("train_control_adapter", "no")],
         pose_frame=metadata["pose_frame"],
         scale_rule=metadata["scale_rule"],
     )

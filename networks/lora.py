@@ -14,7 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from core.errors import InputError
 from networks.arguments import check_names, read_patterns
+from networks.camera_adapter import RaysEncoder
 from networks.lora_linear import LoRALinear, block_linears, inject_lora, merge_lora, remove_lora, select_linears
 from networks.network import (
     Network,
@@ -83,6 +85,11 @@ def create_network(
     """
     check_names(network_args, ARGUMENTS, module=MODULE)
     check_structure(rank, alpha, dropout)
+    if variant.hears_camera:
+        raise InputError(
+            f"--network_module {MODULE}: {variant.name} hears a camera, which this module leaves out; train "
+            f"networks.lora_camera"
+        )
     settings = NetworkSettings(
         module=MODULE,
         task=variant.name,
@@ -132,4 +139,5 @@ def load_network(
         settings = NetworkSettings(
             module=MODULE, task=variant.name, expert=expert, rank=first.rank, alpha=first.alpha, include=names
         )
-    return attach(dit, Network(settings, adapters), multiplier=multiplier).requires_grad_(False).eval()
+    network = Network(settings, adapters, rays_encoder=RaysEncoder(variant) if variant.hears_camera else None)
+    return attach(dit, network, multiplier=multiplier).requires_grad_(False).eval()

@@ -10,13 +10,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 
 import torch
 from torch import Tensor
 
 from core.errors import InputError
 from networks.arguments import check_names, read_choice, read_patterns, read_positive
-from networks.camera_encoders import DEFAULT_INJECTION, INJECTIONS, build_camera
+from networks.camera_adapter import RaysEncoder
+from networks.camera_encoders import INJECTIONS, build_camera, default_injection
 from networks.camera_settings import OPTIONS, read_camera_settings
 from networks.lora_linear import LoRAAdapter
 from networks.network import (
@@ -32,6 +34,7 @@ from networks.network import (
     lora_shapes,
     settings_from_metadata,
 )
+from wan_ext.condition import CameraBranch
 from wan_ext.configs import Expert, WanVariant
 from wan_ext.dit import WanDiT
 
@@ -81,7 +84,7 @@ def create_network(
             f"--network_module {MODULE}: expected a data set with cameras, found none; name its camera_directory in "
             f"the dataset config, or train networks.lora"
         )
-    injection = read_choice(network_args, "injection", tuple(INJECTIONS), DEFAULT_INJECTION)
+    injection = read_choice(network_args, "injection", tuple(INJECTIONS), default_injection(variant))
     settings = NetworkSettings(
         module=MODULE,
         task=variant.name,
@@ -155,10 +158,14 @@ def _with_camera(
 ) -> Network:
     """The network of an expert, with a new camera mechanism if this expert is to hear the camera."""
     assert settings.camera is not None
-    if not settings.camera.heard_by(settings.expert):
-        return Network(settings, adapters)
-    encoder, branches = build_camera(settings.camera, variant, generator=generator, device=_device_of(dit))
-    return Network(settings, adapters, encoder, branches, camera_lr)
+    encoder, adapter = None, None
+    branches: dict[int, CameraBranch] = {}
+    if settings.camera.heard_by(settings.expert):
+        encoder, branches = build_camera(settings.camera, variant, generator=generator, device=_device_of(dit))
+        if settings.camera.train_control_adapter:
+            adapter = deepcopy(dit.control_adapter).float()  # type: ignore[union-attr]
+    rays = RaysEncoder(variant) if variant.hears_camera else None
+    return Network(settings, adapters, encoder, branches, camera_lr, rays, adapter)
 
 
 def _device_of(dit: WanDiT) -> torch.device:

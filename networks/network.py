@@ -23,11 +23,13 @@ from networks.lora_linear import (
 )
 from wan_ext.condition import CameraBranch, CameraCondition
 from wan_ext.configs import Expert, WanVariant
-from wan_ext.dit import SelfAttention
+from wan_ext.control_adapter import PREFIX as ADAPTER_PREFIX
+from wan_ext.control_adapter import ControlAdapter
+from wan_ext.dit import SelfAttention, WanDiT
 
 LORA_PREFIX = "diffusion_model."
-ENCODER_PREFIX, BRANCH_PREFIX = "camera_encoder.", "camera_branches."
-CAMERA_PREFIXES = (ENCODER_PREFIX, BRANCH_PREFIX)
+ENCODER_PREFIX, BRANCH_PREFIX = CameraEncoder.prefix, "camera_branches."
+CAMERA_PREFIXES = (ENCODER_PREFIX, BRANCH_PREFIX, ADAPTER_PREFIX)
 DOWN, UP, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
 
 
@@ -105,6 +107,8 @@ class Network(nn.Module):
         camera_encoder: what turns poses into what the DiT is told; None: this expert hears no camera.
         camera_branches: by the number of the block that each stands in.
         camera_lr: learning rate of encoder and branches; None: that of the LoRA.
+        rays_encoder: what a Wan-Fun model's own adapter is told; None: the model has none.
+        control_adapter: what stands in the place of that adapter, to be trained; None: it stays as it is.
     """
 
     def __init__(
@@ -114,6 +118,8 @@ class Network(nn.Module):
         camera_encoder: CameraEncoder | None = None,
         camera_branches: Mapping[int, CameraBranch] | None = None,
         camera_lr: float | None = None,
+        rays_encoder: CameraEncoder | None = None,
+        control_adapter: ControlAdapter | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -122,6 +128,9 @@ class Network(nn.Module):
         branches = {str(block): branch for block, branch in (camera_branches or {}).items()}
         self.camera_branches = nn.ModuleDict(branches)
         self.camera_lr = camera_lr
+        self.rays_encoder = rays_encoder
+        self.control_adapter = control_adapter
+        self.replaced_adapter: list[ControlAdapter] = []  # a list, so that it is no part of what is trained
 
     @property
     def named_adapters(self) -> dict[str, LoRAAdapter]:
@@ -143,9 +152,13 @@ class Network(nn.Module):
         Returns:
             None from a network without camera.
         """
-        if self.camera_encoder is None:
+        if self.camera_encoder is None and self.rays_encoder is None:
             return None
-        condition: CameraCondition = self.camera_encoder(c2w, K, height, width)
+        condition = CameraCondition()
+        if self.camera_encoder is not None:
+            condition = self.camera_encoder(c2w, K, height, width)
+        if self.rays_encoder is not None:
+            condition = replace(condition, rays=self.rays_encoder(c2w, K, height, width).rays)
         return condition if keep is None else replace(condition, keep=keep.to(c2w.device))
 
     def draw_keep(self, num_clips: int, generator: torch.Generator) -> Tensor | None:
@@ -159,9 +172,10 @@ class Network(nn.Module):
         """Groups for an optimizer, each with a "name" for logs: "high_lora", "high_camera"."""
         expert = self.settings.expert
         groups = [{"name": f"{expert}_lora", "params": list(self.adapters.parameters()), "lr": learning_rate}]
-        if self.camera_encoder is not None:
+        parts = (self.camera_encoder, self.camera_branches, self.control_adapter)
+        parameters = [parameter for part in parts if part is not None for parameter in part.parameters()]
+        if parameters:
             camera_lr = learning_rate if self.camera_lr is None else self.camera_lr
-            parameters = [*self.camera_encoder.parameters(), *self.camera_branches.parameters()]
             groups.append({"name": f"{expert}_camera", "params": parameters, "lr": camera_lr})
         return groups
 
@@ -175,8 +189,13 @@ class Network(nn.Module):
         return state
 
     def camera_state(self) -> dict[str, Tensor]:
-        """The camera under camera_encoder.* and camera_branches.<block>.*; empty without one."""
-        parts = ((ENCODER_PREFIX, self.camera_encoder), (BRANCH_PREFIX, self.camera_branches))
+        """The camera under camera_encoder.*, camera_branches.<block>.* and control_adapter.*; empty without one."""
+        encoder_prefix = ENCODER_PREFIX if self.camera_encoder is None else self.camera_encoder.prefix
+        parts = (
+            (encoder_prefix, self.camera_encoder),
+            (BRANCH_PREFIX, self.camera_branches),
+            (ADAPTER_PREFIX, self.control_adapter),
+        )
         return {
             f"{prefix}{name}": tensor.detach()
             for prefix, part in parts
@@ -205,11 +224,13 @@ class Network(nn.Module):
         """The structure as safetensors metadata."""
         return self.settings.metadata()
 
-    def remove(self, dit: nn.Module) -> None:
+    def remove(self, dit: WanDiT) -> None:
         """Take everything out of the DiT, which is then what it was before."""
         remove_lora(dit, self.named_adapters)
         for attention in self.seams(dit):
             attention.camera = None
+        if self.replaced_adapter:
+            dit.control_adapter = self.replaced_adapter.pop().to(_device_of(dit.patch_embedding))
 
     def merge(self, dit: nn.Module) -> None:
         """Add the LoRA to the DiT's weights and take it out; the camera stays, it is no sum with weights.
@@ -309,8 +330,8 @@ def adapters_from_weights(dit: nn.Module, weights: Mapping[str, Tensor]) -> dict
     return adapters
 
 
-def attach(dit: nn.Module, network: Network, *, multiplier: float = 1.0) -> Network:
-    """Freeze the DiT, put the network's LoRA and branches into it and return the network.
+def attach(dit: WanDiT, network: Network, *, multiplier: float = 1.0) -> Network:
+    """Freeze the DiT, put the network's LoRA, branches and camera adapter into it and return the network.
 
     Raises:
         InputError: another network's branches stand there already; the DiT is unchanged then.
@@ -324,6 +345,10 @@ def attach(dit: nn.Module, network: Network, *, multiplier: float = 1.0) -> Netw
     inject_lora(dit, network.named_adapters, multiplier=multiplier)
     for attention, branch in zip(seams, network.camera_branches.values(), strict=True):
         attention.camera = branch  # type: ignore[assignment]
+    if network.control_adapter is not None:
+        assert dit.control_adapter is not None
+        network.replaced_adapter.append(dit.control_adapter.to("cpu"))  # for `remove`; not where memory is short
+        dit.control_adapter = network.control_adapter
     network.requires_grad_(True)
     return network
 
