@@ -1,14 +1,14 @@
-"""How exactly cameras are found again in rendered clips: rotation in degrees, position in per cent of the path's length.
+"""How exactly cameras are found again in rendered clips: rotation in degrees, position in per cent of the path.
 
-    python benchmarks/estimate_cameras.py                                  20 clips, 25 frames of 320x192; about 20 s each
-    python benchmarks/estimate_cameras.py --mapper incremental global      both ways to solve, side by side
-    python benchmarks/estimate_cameras.py --clips 4 --moves pan            cameras that only turn
+    python benchmarks/estimate_cameras.py                                20 clips, 25 frames of 320x192; about 30 s each
+    python benchmarks/estimate_cameras.py --mapper incremental global    both ways to solve, side by side
+    python benchmarks/estimate_cameras.py --clips 4 --moves pan          cameras that only turn
 
-The clips are one each of wander, orbit, truck, dolly and pedestal in turn, each in a room of its own: smooth random paths
-with parallax. A pan has none; its position is not a measurement but zero by rule, so pans are no part of the default.
-The estimate is aligned by the rotation, scale and translation that fit best (structure from motion cannot know them). The bar:
-over the clips, a median rotation error of at most 0.3 degrees and a median position error of at most 2 %, and no clip
-lost. The exit code is 1 where it is missed.
+The clips are wander, orbit, truck, dolly and pedestal in turn, each in a room of its own: smooth random paths with
+parallax. A pan has none; its position is not a measurement but zero by rule, so pans are no part of the default. The
+estimate is aligned by the rotation, scale and translation that fit best, which pictures cannot tell. The bar: over the
+clips, a median rotation error of at most 0.3 degrees, a median position error of at most 2 % and no clip lost. The exit
+code is 1 where it is missed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Cameras from the pictures alone: structure from motion with pycolmap, tuned for short clips of small frames.
 
 Points are found in every frame (SIFT), matched between frames near in time, and cameras and points are solved for
-together. What comes out is exact up to a similarity: where the world's origin is, which way is up and how long a unit is
-cannot be seen in pictures. Everything runs on the CPU in one thread with fixed seeds, so a clip gives the same path twice.
+together. The result is known up to a similarity: where the world's origin is, which way is up and how long a unit is
+cannot be seen in pictures. All runs on the CPU in one thread with fixed seeds, so a clip gives the same path twice.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def estimate_path(
     Costs about 5 s on one core for 25 frames of 320x192, and 0.5 s more for each frame of 1280x720.
 
     Args:
-        frames: RGB, uint8, each [H, W, 3], at least 3 of one size; an array [T, H, W, 3], or anything that yields frames.
+        frames: RGB, uint8, each [H, W, 3], at least 3 of one size; an array [T, H, W, 3], or what yields frames.
         fov_degrees: horizontal field of view where it is known; it is then kept. 0 < fov < 180.
         focal: the same as a focal length in pixels of these frames; not both.
             With neither, one focal length is estimated for the whole clip, which needs sideways motion and depth.
@@ -192,7 +192,7 @@ def _pycolmap() -> ModuleType:
         import pycolmap
     except ImportError:
         raise InputError(
-            'estimating cameras needs pycolmap, which is not installed; run pip install ".[sfm]" in the project\'s folder'
+            "estimating cameras needs pycolmap, which is not installed; run pip install '.[sfm]' in this folder"
         ) from None
     return pycolmap
 
@@ -216,7 +216,7 @@ def _fov(focal: float, width: int) -> float:
     return math.degrees(2 * math.atan(width / 2 / focal))
 
 
-# ---- frames, points, matches ------------------------------------------------------------------------------------------
+# ---- frames, points, matches -----------------------------------------------------------------------------------------
 
 
 def _write_frames(frames: Iterable, folder: Path) -> tuple[int, int, int]:
@@ -326,7 +326,7 @@ def _require_connected(matches: list[_Matches], num_frames: int) -> None:
         )
 
 
-# ---- what the matches say before anything is reconstructed -------------------------------------------------------------
+# ---- what the matches say before anything is reconstructed -----------------------------------------------------------
 
 
 def _median_motion(matches: list[_Matches]) -> float:
@@ -335,7 +335,7 @@ def _median_motion(matches: list[_Matches]) -> float:
 
 
 def _parallax(matches: list[_Matches], shape: _Shape, focal: float, *, known: bool) -> tuple[float, float]:
-    """What the best rotation leaves unexplained, in pixels (median of a pair, largest of all pairs), and its focal length.
+    """What the best rotation leaves unexplained, pixels (median of a pair, largest of all pairs), and its focal length.
 
     An unknown focal length is searched for, so that a camera that turns is not taken for one that moves.
     """
@@ -381,7 +381,7 @@ def _turning(matches: list[_Matches], shape: _Shape, focal: float) -> EstimatedP
     )
 
 
-# ---- cameras and points ------------------------------------------------------------------------------------------------
+# ---- cameras and points ----------------------------------------------------------------------------------------------
 
 
 def _reconstruct(
@@ -396,8 +396,8 @@ def _reconstruct(
     advice = "; more frames a second, larger frames or the other mapper may help, or leave the clip out"
     if not models:
         raise EstimateFailed(
-            f"expected a model of {num_frames} frames, found no two frames to start from: too little parallax, or things "
-            f"that move on their own{advice}"
+            f"expected a model of {num_frames} frames, found no two frames to start from: too little parallax, or "
+            f"things that move on their own{advice}"
         )
     sizes = sorted((model.num_reg_images() for model in models), reverse=True)
     if sizes[0] < num_frames:
@@ -416,7 +416,7 @@ def _reconstruct(
 
 
 def _mapper_options(pycolmap: ModuleType, mapper: Mapper, seed: int, *, focal_known: bool) -> Any:
-    """Settings for clips: small baselines, few points. The library's defaults are made for collections of photographs."""
+    """Settings for clips: small baselines, few points. The library's defaults are made for photo collections."""
     if mapper == "global":
         options = pycolmap.GlobalPipelineOptions(num_threads=1, random_seed=seed, min_num_matches=MIN_MATCHES)
         options.mapper.num_threads = 1
@@ -470,8 +470,8 @@ def _result(model: Any, shape: _Shape, *, focal_known: bool, parallax: float) ->
     focal = float(next(iter(model.cameras.values())).focal_length)
     if not focal_known and not 10 < _fov(focal, shape.width) < 150:
         raise EstimateFailed(
-            f"expected a field of view between 10 and 150 degrees, found an estimate of {_fov(focal, shape.width):.0f}; "
-            "this motion does not tell it: give the field of view"
+            f"expected a field of view between 10 and 150 degrees, found an estimate of "
+            f"{_fov(focal, shape.width):.0f}; this motion does not tell it: give the field of view"
         )
     angle = _median_angle(points, model, positions)
     error = float(model.compute_mean_reprojection_error())
@@ -487,7 +487,7 @@ def _result(model: Any, shape: _Shape, *, focal_known: bool, parallax: float) ->
 
 
 def _median_angle(points: np.ndarray, model: Any, positions: np.ndarray) -> float:
-    """Median over the points of the angle in degrees between the rays from the first and the last camera that see it."""
+    """Median over the points of the angle in degrees between the rays from the first and last camera that see it."""
     angles = []
     number = {image_id: int(Path(model.image(image_id).name).stem) for image_id in model.reg_image_ids()}
     for point, where in zip(model.points3D.values(), points, strict=True):

@@ -1,7 +1,7 @@
 """Cameras that turn on the spot: the rotation between two frames from matched points, and how well it explains them.
 
-Without parallax there is no depth, and structure from motion has nothing to work with; the rotation is then all there is
-to find, and matched points determine it directly. Pure maths on arrays; camera/estimate.py brings the matches.
+Without parallax there is no depth, and structure from motion has nothing to work with; the rotation is then all there
+is to find, and matched points determine it directly. Pure maths on arrays; camera/estimate.py brings the matches.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import InputError, listing
+from core.errors import InputError, listing, nearest
 from dataset.buckets import Crop, bucket_size, cover_crop
 from dataset.config import CameraSettings, DatasetConfig, DatasetSettings, FramesDataset, VideoDataset
 from dataset.extraction import fit_length, resample, same_rate, windows
@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CameraFile:
-    """A file with one pose for every frame of the source, or poses at a rate of their own, and how it is read."""
+    """A file with one pose for every frame of the source, or poses at a rate of their own, and how it is read.
+
+    Where `settings.estimate` holds there is no such file; the path is then the source's, whose frames show the motion.
+    """
 
     path: Path
     settings: CameraSettings
@@ -66,10 +69,14 @@ class Clip:
         return self.crop.width
 
     @property
+    def name(self) -> str:
+        """Which frames of which source, such as room.mp4_00000-017; what exclude_clips lists."""
+        return f"{self.source.resolve().name}_{self.frame_indices[0]:05d}-{self.num_frames:03d}"
+
+    @property
     def key(self) -> str:
         """What messages call the clip. Unique: data sets have a cache directory each."""
-        name = f"{self.source.resolve().name}_{self.frame_indices[0]:05d}-{self.num_frames:03d}"
-        return (self.cache_directory / f"{name}_{self.width:04d}x{self.height:04d}").as_posix()
+        return (self.cache_directory / f"{self.name}_{self.width:04d}x{self.height:04d}").as_posix()
 
     @property
     def latent_cache(self) -> Path:
@@ -115,10 +122,16 @@ def list_clips(config: DatasetConfig, *, spatial_stride: int, temporal_stride: i
             )
         lengths = _lengths(where, dataset, temporal_stride)
         sources = _videos(where, dataset) if isinstance(dataset, VideoDataset) else [_scene(where, dataset)]
-        for source in sources:
-            clips += _clips_of(where, number, dataset, source, lengths, spatial_stride, temporal_stride)
+        cut = [
+            clip
+            for source in sources
+            for clip in _clips_of(where, number, dataset, source, lengths, spatial_stride, temporal_stride)
+        ]
+        clips += _without_excluded(where, dataset, cut)
     if not clips:
-        raise InputError(f"{config.path}: expected at least one clip, found none; every video is too short (see above)")
+        raise InputError(
+            f"{config.path}: expected at least one clip, found none; every video is too short (see above) or excluded"
+        )
     return clips
 
 
@@ -211,6 +224,8 @@ def _clips_of(
             f"for has {lengths[0]}"
         )
     crop = _crop(where, dataset, source.path, info, spatial_stride)
+    file = source.path if dataset.camera.estimate else source.camera
+    camera = None if file is None else CameraFile(path=file, settings=dataset.camera)
     return [
         Clip(
             dataset=number,
@@ -221,13 +236,45 @@ def _clips_of(
             fps=fps,
             crop=crop,
             caption=source.caption,
-            camera=None if source.camera is None else CameraFile(path=source.camera, settings=dataset.camera),
+            camera=camera,
             cache_directory=dataset.cache_directory,
             batch_size=dataset.batch_size,
             num_repeats=dataset.num_repeats,
         )
         for window in found
     ]
+
+
+def read_excluded(file: Path) -> dict[str, int]:
+    """The clips that a list leaves out, each with its line: `Clip.name` one a line; "#" starts a comment.
+
+    Raises:
+        InputError: no such file, or no text.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: expected a list of clips to leave out, found nothing")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: expected text in UTF-8, found a byte that is not, at {error.start}") from None
+    names = {line.partition("#")[0].strip(): number for number, line in enumerate(lines, 1)}
+    names.pop("", None)
+    return names
+
+
+def _without_excluded(where: str, dataset: DatasetSettings, clips: list[Clip]) -> list[Clip]:
+    """The clips that the data set's list of exclusions does not name."""
+    if dataset.exclude_clips is None:
+        return clips
+    excluded = read_excluded(dataset.exclude_clips)
+    known = {clip.name for clip in clips}
+    for name, line in excluded.items():
+        if name not in known:
+            raise InputError(
+                f"{where} exclude_clips: {dataset.exclude_clips}, line {line}: expected a clip of this data set, such "
+                f"as {next(iter(known), 'room.mp4_00000-017')}, found {name!r}{nearest(name, known)}; remove the line"
+            )
+    return [clip for clip in clips if clip.name not in excluded]
 
 
 def _sampled_frames(

@@ -33,6 +33,7 @@ class CameraSettings(CameraFileSettings):
 
     pose_frame: Literal["scene", "first"]
     scale: str = "none"  # as camera.scale.parse_scale_rule spells it
+    estimate: bool = False  # there is no file: cache_camera.py --estimate finds the camera in the frames
     fps: float | None = None  # poses per second of the camera file; None: one pose for every frame of the source
 
 
@@ -56,6 +57,7 @@ class DatasetSettings:
     max_frames: int
     source_fps: float | None
     target_fps: float | None
+    exclude_clips: Path | None  # a list of clips to leave out
     camera: CameraSettings
 
 
@@ -185,6 +187,7 @@ KEYS: dict[str, Key] = {
     "max_frames": Key(_whole, 129),
     "source_fps": Key(_rate, None),
     "target_fps": Key(_rate, None),
+    "exclude_clips": Key(_path, None),
     "camera_directory": Key(_path, None, kind="video"),
     "camera_params": Key(_path, None, kind="frames"),
     "camera_format": Key(_choice(*CAMERA_FORMATS), "auto"),
@@ -197,6 +200,7 @@ KEYS: dict[str, Key] = {
     "pose_frame": Key(_choice("scene", "first"), None),
     "camera_scale": Key(_scale_rule, "none"),
     "camera_fps": Key(_rate, None),
+    "estimate_camera": Key(_flag, False),
     "prompt": Key(_text, None, kind="frames"),
 }
 CAMERA_FILE_KEYS = {  # key -> field of CameraFileSettings
@@ -209,6 +213,7 @@ CAMERA_FILE_KEYS = {  # key -> field of CameraFileSettings
     "fov_axis": "fov_axis",
 }
 CAMERA_KEYS = (*CAMERA_FILE_KEYS, "pose_frame", "camera_scale", "camera_fps")
+ESTIMATE_KEYS = ("camera_fov", "fov_axis", "pose_frame", "camera_scale")  # those that act without a camera file
 EXTRACTION_KEYS = {"frame_stride": "slide", "frame_sample": "uniform", "max_frames": "full"}
 
 
@@ -326,14 +331,17 @@ def _dataset(path: Path, where: str, table: Any, shared: Mapping[str, Any]) -> V
         "target_frames": values["target_frames"] or (),
         "camera": CameraSettings(
             **{field: values[key] for key, field in CAMERA_FILE_KEYS.items()},
-            pose_frame=values["pose_frame"] or ("first" if kinds == ["video"] else "scene"),
+            pose_frame=values["pose_frame"]
+            or ("first" if kinds == ["video"] or values["estimate_camera"] else "scene"),
             scale=values["camera_scale"],
             fps=values["camera_fps"],
+            estimate=values["estimate_camera"],
         ),
     }
     for name in (
         *("batch_size", "num_repeats", "enable_bucket", "bucket_no_upscale"),
         *("frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps"),
+        "exclude_clips",
     ):
         settings[name] = values[name]
     if kinds == ["video"]:
@@ -378,9 +386,21 @@ def _require_effect(path: Path, where: str, given: Mapping[str, Any], merged: Ma
     if given.get("bucket_no_upscale") and not merged.get("enable_bucket", False):
         refuse("bucket_no_upscale", "does nothing without enable_bucket = true")
     cameras = "camera_directory" if "video_directory" in given else "camera_params"
+    estimated = given.get("estimate_camera", False)
+    if estimated and cameras in given:
+        refuse("estimate_camera", f"cameras come from {cameras} or from the frames, found both; remove one")
     for name in CAMERA_KEYS:
-        if name in given and cameras not in given:
-            refuse(name, f"does nothing without {cameras}")
+        if name in given and cameras not in given and not estimated:
+            refuse(name, f"does nothing without {cameras} or estimate_camera = true")
+        if name in given and estimated and name not in ESTIMATE_KEYS:
+            refuse(name, "does nothing with estimate_camera = true, which reads no camera file")
+    if estimated and "fov_axis" in given and "camera_fov" not in given:
+        refuse("fov_axis", "does nothing without camera_fov, which estimate_camera = true may leave out")
+    if estimated and given.get("pose_frame") == "scene":
+        refuse(
+            "pose_frame",
+            'expected "first" with estimate_camera = true, found "scene"; each clip gets coordinates of its own',
+        )
     if "frames_directory" in given:
         if "prompt" not in given:
             refuse("prompt", "not given; expected the caption of the scene, as text in quotes")
@@ -388,7 +408,7 @@ def _require_effect(path: Path, where: str, given: Mapping[str, Any], merged: Ma
             refuse("target_fps", "frames in a folder have no frame rate; give source_fps as well")
         if "camera_fps" in given and "source_fps" not in given:
             refuse("camera_fps", "frames in a folder have no frame rate; give source_fps as well")
-    pose_frame = given.get("pose_frame", "first" if "video_directory" in given else "scene")
+    pose_frame = given.get("pose_frame", "first" if "video_directory" in given or estimated else "scene")
     if given.get("camera_scale") in PER_CLIP and pose_frame != "first":
         refuse(
             "camera_scale",
