@@ -86,7 +86,7 @@ def _jumps(steps: Tensor, verb: str, unit: str, *, smallest: float) -> list[str]
         usual = max((float(side.median()) for side in (before, after) if len(side)), default=0.0)
         if float(steps[step]) > JUMP_RATIO * usual:
             found.append(
-                f"frame {step + 1}: jumps; {verb} {float(steps[step]):.4g}{unit} from frame {step}, where frames nearby "
+                f"frame {step + 1}: jumps; {verb} {float(steps[step]):.4g}{unit} from frame {step}, where frames near "
                 f"do {usual:.4g}"
             )
     return found

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from camera.moves import make_path
 from camera.path import CameraPath
-from camera.plots import frustum, plot_path, turn_degrees
+from camera.plots import frustum, plot_path, time_panels, turn_degrees
 from camera.trajectories import dolly, pan, smooth_random_path
 
 FRAME = {"num_frames": 5, "height": 32, "width": 48}
@@ -40,3 +41,29 @@ def test_frustum_starts_at_the_camera_and_its_corners_project_to_the_corners_of_
 
 def test_turn_is_the_angle_to_the_first_frame() -> None:
     torch.testing.assert_close(turn_degrees(pan(-170, **FRAME)), torch.linspace(0, 170, 5, dtype=torch.float64))
+
+
+def test_curves_are_those_of_the_path_in_seconds() -> None:
+    path = make_path("dolly in 2 + pan 40deg", num_frames=17, height=32, width=48, fps=8)
+    panels = {panel.label.split("\n")[0]: panel for panel in time_panels({"dolly": path})}
+    assert list(panels) == ["right", "up", "forward", "turned", "speed", "turning"]
+    assert all(panel.time_unit == "seconds" for panel in panels.values())
+    for name, values in {
+        "right": [0.0] * 17,
+        "forward": [index / 8 for index in range(17)],
+        "speed": [1.0] * 16,
+    }.items():
+        ((times, found),) = panels[name].curves
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(values))
+        assert len(times) == len(found)
+    torch.testing.assert_close(torch.tensor(panels["turning"].curves[0][1]), torch.full((16,), 20.0))
+    assert panels["speed"].curves[0][0][:2] == [1 / 16, 3 / 16]  # between the frames
+
+
+def test_the_angle_of_view_is_drawn_where_it_changes_and_time_is_frames_where_one_path_has_no_clock() -> None:
+    zoom = make_path("zoom to 30deg", num_frames=5, height=32, width=48)
+    panels = {
+        panel.label.split("\n")[0]: panel for panel in time_panels({"zoom": zoom, "pan": pan(30, fps=8, **FRAME)})
+    }
+    assert "sees" in panels and panels["sees"].time_unit == "frame"
+    torch.testing.assert_close(torch.tensor(panels["sees"].curves[0][1])[[0, -1]], torch.tensor([60.0, 30.0]))
