@@ -40,9 +40,9 @@ def read_clip_camera(clip: Clip) -> CameraPath:
     )
     if path.pose_frame == "first" and settings.pose_frame == "scene":
         raise InputError(
-            f'{clip.camera.path}: expected poses in the coordinates of one place, which pose_frame = "scene" says, found '
-            f'a file of pose frame "first", a motion that does not say where it starts; set pose_frame = "first", or '
-            f"give it a start with python tools/camera_path.py convert {clip.camera.path} OUTPUT --pose_frame scene"
+            f'{clip.camera.path}: expected coordinates of one place, which pose_frame = "scene" says, found a file of '
+            f'pose frame "first", a motion that does not say where it starts; set pose_frame = "first", or give it a '
+            f"start with python tools/camera_path.py convert {clip.camera.path} OUTPUT --pose_frame scene"
         )
     try:
         path = _at_frames(path, clip).cropped(

@@ -1,13 +1,16 @@
 """Generation as laws: N poses give N frames, another camera another video, the same seed the same video."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import cache_camera
 import generate
 from camera.formats import write_ten
+from camera.moves import make_path
 from core.errors import InputError
 from core.files import read_safetensors, save_safetensors
 from dataset.video import read_frames
@@ -49,7 +52,9 @@ def test_one_frame_per_pose_and_a_record_of_everything(trained_once, tmp_path, p
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["settings"]["prompt"] == "a room with red walls and a blue ball"
     assert record["sources"]["prompt"] == "from net_high_noise.safetensors"
-    assert record["sources"]["num_frames"] == "lines of path9.txt"
+    assert record["sources"]["num_frames"] == "poses of path9.txt"
+    assert record["options"]["camera_params"].endswith("path9.txt")
+    assert record["options"]["camera_format"] == "auto"
     assert (tmp_path / "a_sheet.png").stat().st_size > 1000
     assert "from net_high_noise.safetensors" in capsys.readouterr().out
 
@@ -116,6 +121,8 @@ def test_without_a_network_the_base_model_films(tmp_path):
         ({"vae": Path("nothing.pth")}, "nothing.pth"),
         ({"camera_params": Path("nowhere.txt")}, "nowhere.txt"),
         ({"infer_steps": 0}, "infer_steps"),
+        ({"camera_path": "orbit 60deg"}, "expected one camera path"),
+        ({"camera_axes": "opengl"}, "path9.*axes"),
     ],
 )
 def test_what_cannot_be_generated_is_named(trained_once, tmp_path, path_file, options, named):
@@ -150,6 +157,75 @@ def test_a_lora_of_another_model_is_refused(trained_once, tmp_path, path_file):
     with pytest.raises(InputError, match="wide.safetensors"):
         generate.main(options_for(trained_once, tmp_path / "a.mp4", network_weights=(tmp_path / "wide.safetensors",)))
     assert not (tmp_path / "a.mp4").exists()
+
+
+def with_metadata(trained: Path, folder: Path, **metadata: str) -> Path:
+    """A copy of the networks that says something else of itself."""
+    folder.mkdir()
+    for file in trained.glob("net_*.safetensors"):
+        tensors, old = read_safetensors(file)
+        save_safetensors(tensors, folder / file.name, old | metadata)
+    return folder
+
+
+def test_words_film_what_the_file_of_the_same_path_films(trained_once, tmp_path, capsys):
+    folder = with_metadata(trained_once, tmp_path / "first", pose_frame="first", scale_rule="max_norm")
+    moves, short = "truck right 0.3; hold", {"infer_steps": 1}
+    words = film_with(folder, tmp_path / "a.mp4", camera_path=moves, fov=50.0, video_length=9, **short).float()
+    assert words.shape[0] == 9
+    path = make_path(moves, num_frames=9, height=32, width=48, fov_degrees=50.0, fps=8)
+    c2w = path.c2w.clone()
+    c2w[:, :3, 3] *= 7  # the rule forgets the unit
+    for name, same in (("path", path), ("far", replace(path, c2w=c2w))):
+        write_ten(same, tmp_path / f"{name}.txt")
+        file = film_with(folder, tmp_path / f"{name}.mp4", camera_params=tmp_path / f"{name}.txt", **short)
+        assert (words - file).abs().mean() < 0.05  # digits in the file, and what the codec makes of them
+    other = film_with(folder, tmp_path / "other.mp4", camera_path="truck left 0.3", video_length=9, **short)
+    assert (words - other).abs().mean() > 0.5
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["options"]["camera_path"] == moves
+    assert record["options"]["fov"] == 50.0
+    with pytest.raises(InputError, match="pose frame"):
+        film_with(trained_once, tmp_path / "d.mp4", camera_path=moves)
+
+
+def test_networks_of_two_conventions_are_refused(trained_once, tmp_path, path_file):
+    other = with_metadata(trained_once, tmp_path / "other", scale_rule="metric:2")
+    pair = (trained_once / "net_high_noise.safetensors", other / "net_low_noise.safetensors")
+    with pytest.raises(InputError, match="net_low_noise.safetensors: expected the scale rule of net_high_noise"):
+        film_with(trained_once, tmp_path / "a.mp4", network_weights=pair, camera_params=path_file(9))
+
+
+def test_camera_guidance_changes_the_video_and_warns_a_network_that_never_missed_its_camera(
+    trained_once, tmp_path, path_file, capsys
+):
+    plain = film_with(trained_once, tmp_path / "a.mp4", camera_params=path_file(9))
+    assert "camera_dropout" not in capsys.readouterr().out
+    guided = film_with(trained_once, tmp_path / "b.mp4", camera_params=path_file(9), camera_guidance=8.0)
+    assert "trained without camera_dropout" in capsys.readouterr().out
+    assert not torch.equal(plain, guided)
+    assert json.loads((tmp_path / "b.json").read_text())["settings"]["camera_guidance"] == 8.0
+
+
+def test_the_scale_rule_of_the_toml_reaches_the_network_and_its_videos(world, tmp_path):
+    """Trained on max_norm, the network films a path and the same path in another unit alike."""
+    for file in (world.folder / "cameras").glob("*.txt"):  # as from a tracker that says nothing of itself
+        file.write_text("\n".join(line for line in file.read_text().splitlines() if not line.startswith("#")))
+    text = world.toml.read_text().replace('pose_frame = "scene"', 'pose_frame = "first"\ncamera_scale = "max_norm"')
+    world.toml.write_text(text)
+    with pytest.raises(InputError, match="cache_camera.py"):
+        world.train("stale")
+    cache_camera.main(cache_camera.Options(dataset_config=world.toml))
+    trained = world.train("scaled", max_train_steps=2)
+    for file in trained.glob("net_*_noise.safetensors"):
+        metadata = read_safetensors(file)[1]
+        assert (metadata["pose_frame"], metadata["scale_rule"]) == ("first", "max_norm")
+    file = world.folder / "cameras/0001.txt"
+    near = film_with(trained, tmp_path / "a.mp4", camera_params=file, infer_steps=1)
+    rows = [[float(number) for number in line.split()] for line in file.read_text().splitlines()]
+    far = tmp_path / "far.txt"
+    far.write_text("\n".join(" ".join(map(str, [*(4 * x for x in row[:3]), *row[3:]])) for row in rows))
+    assert torch.equal(near, film_with(trained, tmp_path / "b.mp4", camera_params=far, infer_steps=1))
 
 
 def test_a_camera_without_a_network_is_refused(tmp_path, path_file):
