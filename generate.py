@@ -139,6 +139,7 @@ from core.model_files import ModelFiles, resolve_model
 from dataset.config import read_dataset_config
 from dataset.results import write_results
 from dataset.video import read_image
+from evaluation.filming import decode_frames
 from memory.runners import BlockRunner, run_plain
 from memory.swap import SwappedBlocks, move_all_but
 from networks.camera_adapter import WAN_FUN_CONVENTIONS, RaysEncoder
@@ -168,9 +169,8 @@ def main(options: Options) -> None:
     network, metadata = leading_metadata({path: read_network_file(path) for path in options.network_weights})
     table = {} if options.dataset_config is None else dict(read_dataset_config(options.dataset_config).model)
     files, variant = settle_model(options, table, metadata)
-    height, width = options.video_size or (None, None)
     given = {name: getattr(options, FLAGS.get(name, name), None) for name in (field.name for field in fields(Settings))}
-    given |= {"height": height, "width": width}
+    given |= dict(zip(("height", "width"), options.video_size or (None, None), strict=True))
     settings, sources = settle(given, variant=variant, metadata=metadata, network=network)
     request = camera_request(options)
     if variant.hears_camera and not metadata.get("injection"):  # the model follows a path without any network
@@ -190,7 +190,7 @@ def main(options: Options) -> None:
     camera = None if path is None else path.held_to(padded_frames)
 
     # ---- encode what conditions the model, with each encoder gone before the next comes ----------------------------
-    contexts = encode_text(options, files, variant, settings, device)
+    prompt, negative_prompt = encode_text(options, files, variant, settings, device)
     vae = load_vae(files.vae, variant.vae, device=device)
     condition = image_context = first_latents = None
     if options.image_path is not None:
@@ -206,7 +206,6 @@ def main(options: Options) -> None:
             del clip
     elif variant.hears_camera:
         condition, image_context = no_first_frame(variant, settings.height, settings.width, padded_frames, device)
-    prompt, negative_prompt = contexts
     conditions = Conditions(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -226,8 +225,7 @@ def main(options: Options) -> None:
         device=device,
     )
     print(f"sampled in {time.perf_counter() - started:.1f} s; decoding")
-    video = vae.decode(latents)[0]  # [3, T, H, W] in [-1, 1]
-    frames = rearrange(((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), "c t h w -> t h w c").cpu()
+    frames = decode_frames(vae, latents)[0]  # uint8 [T, H, W, 3]
     record = {"settings": asdict(settings), "sources": sources, "model": asdict(files), "options": asdict(options)}
     written = write_results(frames[: settings.num_frames], options.save_path, fps=settings.fps, record=record)
     for what, file in zip(("video", "contact sheet", "settings"), written, strict=True):

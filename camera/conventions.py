@@ -45,8 +45,8 @@ def in_conventions(
             )
         raise InputError(
             f'{name}: expected pose frame "scene", the coordinates of the place that the network learnt, found pose '
-            f'frame "first", a motion that does not say where it starts; give it a start with python '
-            f"tools/camera_path.py convert {name} OUTPUT --pose_frame scene, or a path in that place's coordinates"
+            f'frame "first", a motion that does not say where it starts and cannot be converted; give the poses from '
+            "which it was made, in that place's coordinates"
         )
     if mean_depth is not None:
         path = replace(path, mean_depth=mean_depth)

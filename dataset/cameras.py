@@ -41,8 +41,8 @@ def read_clip_camera(clip: Clip) -> CameraPath:
     if path.pose_frame == "first" and settings.pose_frame == "scene":
         raise InputError(
             f'{clip.camera.path}: expected coordinates of one place, which pose_frame = "scene" says, found a file of '
-            f'pose frame "first", a motion that does not say where it starts; set pose_frame = "first", or give it a '
-            f"start with python tools/camera_path.py convert {clip.camera.path} OUTPUT --pose_frame scene"
+            'pose frame "first", a motion that does not say where it starts and cannot be converted; set pose_frame = '
+            '"first", or give the poses from which the file was made'
         )
     try:
         path = _at_frames(path, clip).cropped(

@@ -53,6 +53,9 @@ def sample_latents(
             loaded[name] = load_expert(name)
         return loaded[name].velocity(latents, timestep)
 
+    def count(step: int, latents: Tensor) -> None:
+        progress.update()
+
     with tqdm(total=settings.steps, desc="sample", unit="step") as progress:
         return sample(
             velocity,
@@ -61,5 +64,5 @@ def sample_latents(
             steps=settings.steps,
             shift=settings.shift,
             constrain=None if first_latents is None else lambda latents: with_first_frame(latents, first_latents),
-            on_step=lambda *_: progress.update(),
+            on_step=count,
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from core.errors import InputError
 from wan_ext.configs import WanVariant
+from wan_ext.sampling import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Settings:
     num_frames: int
     fps: int
     steps: int
-    solver: str
+    solver: Solver
     shift: float
     guidance_scale: float
     guidance_scale_high_noise: float

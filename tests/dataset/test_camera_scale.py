@@ -132,7 +132,7 @@ def test_the_true_rate_of_the_source_counts(world):
 def test_a_file_that_holds_a_motion_is_not_taken_for_places(world):
     write_ten(camera_path().relative_to_first(), world.cameras / "0000.txt")
     (place,), (motion,) = world.clips(pose_frame="scene"), world.clips(pose_frame="first")
-    with pytest.raises(InputError, match=r"0000\.txt: .*pose frame \"first\".*camera_path\.py convert"):
+    with pytest.raises(InputError, match=r"0000\.txt: .*pose frame \"first\".*set pose_frame = \"first\""):
         read_clip_camera(place)
     assert read_clip_camera(motion).pose_frame == "first"
 

@@ -93,8 +93,8 @@ def test_a_file_that_names_its_pose_frame_is_held_to_it(tmp_path, write):
     write(PATH.relative_to_first(), first)
     torch.testing.assert_close(ask(FIRST, file=first).c2w, PATH.relative_to_first().c2w)
     torch.testing.assert_close(ask(SCENE, file=scene).c2w, PATH.c2w)
-    for metadata, wrong in ((FIRST, scene), (SCENE, first)):
-        with pytest.raises(InputError, match=rf"{wrong.name}.*camera_path\.py convert"):
+    for metadata, wrong, advice in ((FIRST, scene, r"camera_path\.py convert"), (SCENE, first, "cannot be converted")):
+        with pytest.raises(InputError, match=rf"{wrong.name}.*{advice}"):
             ask(metadata, file=wrong)
 
 
