@@ -31,7 +31,8 @@ class Options:
     dataset_config: Path
     """Dataset TOML; its [model] table may name the task and the model's files."""
     task: str | None = None
-    """t2v-A14B, i2v-A14B, ti2v-5B, t2v-1.3B, t2v-14B, i2v-14B, t2i-14B or tiny."""
+    """t2v-A14B, i2v-A14B, ti2v-5B, t2v-1.3B, t2v-14B, i2v-14B, t2i-14B, tiny, tiny-i2v,
+    fun-camera-A14B, fun-camera-5B, fun-camera-1.3B or fun-camera-14B."""
     ckpt_dir: Path | None = None
     """Folder in the layout that Wan's authors publish."""
     dit: Path | None = None
@@ -70,6 +71,8 @@ class Options:
     # ---- what is trained ------------------------------------------------------------------------------------------
     network_module: str = "networks.lora_camera"
     """networks.lora or networks.lora_camera."""
+    train_control_adapter: bool = False
+    """Wan-Fun: also train the camera adapter that the model has of its own, which is frozen otherwise."""
     network_dim: int = 16
     """Rank of the LoRA."""
     network_alpha: float = 1.0
@@ -157,6 +160,7 @@ from networks.files import NETWORK_MODULES, save_network
 from networks.network import Network
 from networks.optimization import create_optimizer, learning_rate_factor
 from wan_ext import flow
+from wan_ext.condition import first_frame_timestep, with_first_frame
 from wan_ext.configs import Expert, WanVariant, get_variant
 from wan_ext.dit import WanDiT
 from wan_ext.experts import expert_interval
@@ -177,6 +181,7 @@ class TrainedExpert:
     learning_rates: tuple[float, ...]  # of the optimizer's groups, before the schedule
     interval: tuple[float, float]  # of sigma
     probability: float  # of a step
+    clean_first_frame: bool = False  # whether the first latent frame is known and at timestep 0
 
 
 def training_step(
@@ -184,19 +189,24 @@ def training_step(
 ) -> Tensor:
     """The flow-matching loss of one batch. noise [B, C, F, H, W], sigma [B], keep of `draw_keep` [B] -> scalar."""
     noised = flow.add_noise(batch.latents, noise, sigma)  # [B, C, F, H, W]
+    timestep, known = 1000 * sigma, 0
+    if expert.clean_first_frame and noised.shape[2] > 1:  # as in sampling; there is nothing to learn of it then
+        noised, known = with_first_frame(noised, batch.latents[:, :, :1]), 1
+        timestep = first_frame_timestep(timestep, noised.shape[2])  # [B, F]
     camera = None
     if batch.c2w is not None:
         camera = expert.network.encode_camera(batch.c2w, batch.K, batch.height, batch.width, keep=keep)
     velocity = expert.dit(
         noised,
-        timestep=1000 * sigma,
+        timestep=timestep,
         context=batch.context,
         condition=batch.condition,
         image_context=batch.image_context,
         camera=camera,
         run_blocks=expert.run_blocks,
     )  # [B, C, F, H, W]
-    return F.mse_loss(velocity, flow.velocity_target(batch.latents, noise))
+    target = flow.velocity_target(batch.latents, noise)
+    return F.mse_loss(velocity[:, :, known:], target[:, :, known:])
 
 
 def main(options: Options) -> None:
@@ -253,7 +263,7 @@ def main(options: Options) -> None:
             rank=options.network_dim,
             alpha=options.network_alpha,
             dropout=options.network_dropout,
-            network_args=key_values(options.network_args, "--network_args"),
+            network_args=network_arguments(options),
             pose_frame=training_set.pose_frame,
             scale_rule=training_set.scale_rule,
             generator=generator_for(options.seed, "network", name),
@@ -276,10 +286,17 @@ def main(options: Options) -> None:
                 learning_rates=tuple(group["lr"] for group in groups),
                 interval=(low, high),
                 probability=flow.interval_probability(low=low, high=high, **law),
+                clean_first_frame=variant.image_conditioning == "channels_and_first_frame",
             )
         )
         num_parameters = sum(parameter.numel() for parameter in network.parameters())
         accelerator.print(f"{name}-noise expert: sigma {low:g} to {high:g}, {num_parameters:,} trained parameters")
+
+    if network_module.NEEDS_CAMERA and not any(expert.network.camera_encoder for expert in experts):
+        names = " and ".join(expert.name for expert in experts)
+        raise InputError(
+            f"network argument camera_experts: expected an expert that is trained ({names}), found only the other one"
+        )
 
     # ---- where to begin -------------------------------------------------------------------------------------------
     networks = {expert.name: expert.network for expert in experts}
@@ -434,6 +451,12 @@ def import_network_module(name: str):
         hint = nearest(name, NETWORK_MODULES)
         raise InputError(f"--network_module: expected {' or '.join(NETWORK_MODULES)}, found {name!r}{hint}")
     return import_module(name)
+
+
+def network_arguments(options: Options) -> dict[str, str]:
+    """--network_args by name, with --train_control_adapter among them."""
+    given = key_values(options.network_args, "--network_args")
+    return given | ({"train_control_adapter": "yes"} if options.train_control_adapter else {})
 
 
 def load_base(options: Options, path: Path, variant: WanVariant, device: torch.device) -> WanDiT:

@@ -176,7 +176,7 @@ def test_resuming_a_folder_takes_its_latest_state(tmp_path: Path) -> None:
         ({"rank": 8}, "high-noise network: this run has ss_network_dim 8, the state has 4"),
         ({"alpha": 1.0}, "this run has ss_network_alpha 1.0, the state has 2.0"),
         ({"pose_frame": "first"}, "this run has pose_frame first, the state has scene"),
-        ({"kind": "plucker"}, "this run has injection plucker, the state has bias"),
+        ({"kind": "plucker_light"}, "this run has injection plucker_light, the state has bias"),
         ({"kind": "lora"}, "this run has camera_hidden none, the state has 64"),
         ({"optimizer": "AdamW8bit"}, "optimizer: this run has class bitsandbytes.AdamW8bit, the state has torch.AdamW"),
         ({"experts": ("low",)}, "expected the state of the experts low, found that of high and low"),

@@ -298,7 +298,7 @@ def test_a_broken_or_missing_file_is_refused(tmp_path: Path) -> None:
             {"ss_network_module": "networks.loha"},
             "expected networks.lora or networks.lora_camera, found 'networks.loha'",
         ),
-        ({"injection": "film"}, "expected injection plucker or bias, found film"),
+        ({"injection": "flim"}, r"expected injection plucker, .*found flim .did you mean .film"),
         ({"ss_network_dim": "four"}, "metadata: .* cannot read .*four"),
         ({"ss_network_dim": "8"}, r"lora_[AB].weight: expected shape"),
     ],
