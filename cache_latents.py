@@ -21,7 +21,8 @@ class Options:
     dataset_config: Path
     """Dataset TOML; its [model] table may name the task and the model's files."""
     task: str | None = None
-    """t2v-A14B, i2v-A14B, ti2v-5B, t2v-1.3B, t2v-14B, i2v-14B, t2i-14B or tiny."""
+    """t2v-A14B, i2v-A14B, ti2v-5B, t2v-1.3B, t2v-14B, i2v-14B, t2i-14B, tiny, tiny-i2v,
+    fun-camera-A14B, fun-camera-5B, fun-camera-1.3B or fun-camera-14B."""
     ckpt_dir: Path | None = None
     """Folder in the layout that Wan's authors publish."""
     vae: Path | None = None
@@ -50,7 +51,7 @@ from dataset import cache
 from dataset.clips import list_clips
 from dataset.config import read_dataset_config
 from dataset.video import read_clip
-from wan_ext.condition import first_frame_condition, first_frame_video
+from wan_ext.condition import encode_first_frame
 from wan_ext.configs import get_variant
 from wan_ext.image_encoder import load_image_encoder
 from wan_ext.vae import load_vae
@@ -66,7 +67,7 @@ def main(options: Options) -> None:
 
     encoder = fingerprint(files.vae)
     needs = {
-        "condition": variant.image_conditioning == "channels",
+        "condition_channels": variant.dit.condition_channels,
         "image_context": variant.image_encoder is not None,
     }
     todo = clips
@@ -86,9 +87,8 @@ def main(options: Options) -> None:
         frames, crop = read_clip(clip)  # uint8 [T, H, W, 3]
         video = to_video(frames).to(device)  # [1, 3, T, H, W]
         condition = image_context = None
-        if variant.image_conditioning == "channels":
-            known = first_frame_video(video[0, :, 0], video.shape[2])  # [3, T, H, W]
-            condition = first_frame_condition(vae.encode(known[None])[0]).cpu()  # [20, F, h, w]
+        if variant.dit.condition_channels:
+            condition = encode_first_frame(vae.encode, video[0, :, 0], video.shape[2], variant).cpu()  # [Cc, F, h, w]
         if clip_encoder is not None:
             image_context = clip_encoder.encode(video[:, :, 0])[0].cpu()  # [257, 1280]
         cache.write_latents(

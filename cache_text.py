@@ -19,7 +19,8 @@ class Options:
     dataset_config: Path
     """Dataset TOML; its [model] table may name the task and the model's files."""
     task: str | None = None
-    """t2v-A14B, i2v-A14B, ti2v-5B, t2v-1.3B, t2v-14B, i2v-14B, t2i-14B or tiny."""
+    """t2v-A14B, i2v-A14B, ti2v-5B, t2v-1.3B, t2v-14B, i2v-14B, t2i-14B, tiny, tiny-i2v,
+    fun-camera-A14B, fun-camera-5B, fun-camera-1.3B or fun-camera-14B."""
     ckpt_dir: Path | None = None
     """Folder in the layout that Wan's authors publish."""
     t5: Path | None = None

@@ -51,7 +51,7 @@ class TrainingSet:
         text_encoder: the same for text caches.
         latent_channels: C that the model takes; None: any.
         context_width: D that the model takes; None: any.
-        condition: whether the model needs the first-frame channels.
+        condition_channels: channels of the first-frame condition that the model takes; 0: it takes none.
         image_context: whether the model needs CLIP features.
 
     Raises:
@@ -68,11 +68,12 @@ class TrainingSet:
         text_encoder: str | None = None,
         latent_channels: int | None = None,
         context_width: int | None = None,
-        condition: bool = False,
+        condition_channels: int = 0,
         image_context: bool = False,
     ) -> None:
         self.clips = tuple(clips)
-        self.need_camera, self.condition, self.image_context = need_camera, condition, image_context
+        self.need_camera, self.image_context = need_camera, image_context
+        self.condition_channels = condition_channels
         self.pose_frame, self.scale_rule = _common_camera(self.clips) if need_camera else (None, None)
         self.vae = vae or cache.cached_encoder(self.clips[0], "latents")
         self.text_encoder = text_encoder or cache.cached_encoder(self.clips[0], "text")
@@ -113,7 +114,7 @@ class TrainingSet:
             cache.read_latents(
                 clip,
                 encoder=self.vae,
-                condition=self.condition,
+                condition_channels=self.condition_channels,
                 image_context=self.image_context,
                 check_source=False,
             )
@@ -151,7 +152,11 @@ class TrainingSet:
     def _flaw(self, clip: Clip, latent_channels: int | None, context_width: int | None) -> str | None:
         """The first reason why a clip cannot be trained on."""
         flaw = cache.problem(
-            clip, "latents", encoder=self.vae, condition=self.condition, image_context=self.image_context
+            clip,
+            "latents",
+            encoder=self.vae,
+            condition_channels=self.condition_channels,
+            image_context=self.image_context,
         ) or cache.problem(clip, "text", encoder=self.text_encoder)
         if flaw is None and self.need_camera:
             flaw = cache.problem(clip, "camera")

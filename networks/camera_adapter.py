@@ -30,6 +30,9 @@ from wan_ext.condition import TEMPORAL_STRIDE, CameraCondition
 from wan_ext.configs import WanVariant
 from wan_ext.control_adapter import FRAMES_AT_ONCE, ControlAdapter, zero_start
 
+WAN_FUN_CONVENTIONS = {"injection": "plucker", "pose_frame": "first", "scale_rule": "none"}
+"""What the published Wan-Fun models were taught, in the words of a network's metadata."""
+
 
 class PluckerAdapter(CameraEncoder):
     """A new control adapter as a camera encoder: poses and intrinsics to one vector per token.

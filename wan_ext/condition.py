@@ -141,19 +141,29 @@ def encode_first_frame(
     return torch.cat((picture, later), dim=1)
 
 
-def no_first_frame(variant: WanVariant, size: tuple[int, int, int], *, device: torch.device | None = None) -> Tensor:
-    """What a Wan-Fun model takes in place of a first frame: nothing is known, and the latents are zero.
+def no_first_frame(
+    variant: WanVariant, height: int, width: int, num_frames: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """What a Wan-Fun model takes in place of a first frame: nothing is known, all latents and CLIP features are zero.
 
     Args:
         variant: the model.
-        size: F, H, W of the latents.
+        height: of the video, pixels.
+        width: of the video, pixels.
+        num_frames: T.
+        device: where the tensors go.
 
     Returns:
-        [condition_channels, F, H, W]
+        condition [1, condition_channels, F, H, W], and CLIP features [1, 257, 1280] for models with an image branch.
 
     Source: VideoX-Fun, `pipeline_wan_fun_control.py` and `pipeline_wan2_2_fun_control.py` without an image.
     """
-    return torch.zeros(variant.dit.condition_channels, *size, device=device)
+    dit, (stride_t, stride_h, stride_w) = variant.dit, variant.vae.stride
+    size = ((num_frames - 1) // stride_t + 1, height // stride_h, width // stride_w)
+    condition = torch.zeros(1, dit.condition_channels, *size, device=device)
+    if dit.image_dim is None:
+        return condition, None
+    return condition, torch.zeros(1, dit.image_len, dit.image_dim, device=device)
 
 
 def first_frame_timestep(timestep: Tensor, num_latent_frames: int) -> Tensor:

@@ -146,6 +146,11 @@ class WanVariant:
         return self.dit.control_downscale is not None
 
     @property
+    def keeps_first_frame(self) -> bool:
+        """Whether a known first frame stands as clean latents in the place of the first latent frame."""
+        return self.image_conditioning in ("first_frame", "channels_and_first_frame")
+
+    @property
     def needs_first_frame(self) -> bool:
         """Whether the model cannot do without a first frame. Wan-Fun takes a condition of zeros instead."""
         return self.image_conditioning == "channels" and not self.hears_camera

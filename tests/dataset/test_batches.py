@@ -141,7 +141,7 @@ def test_first_frame_channels_and_clip_features_come_along(world):
         condition=lambda clip: torch.ones(20, *latents(clip).shape[1:]),
         image_context=lambda clip: torch.ones(257, 4),
     )
-    batch = TrainingSet(clips, need_camera=True, condition=True, image_context=True).load((0, 0))
+    batch = TrainingSet(clips, need_camera=True, condition_channels=20, image_context=True).load((0, 0))
     assert batch.condition.shape == (2, 20, 5, 6, 8) and batch.image_context.shape == (2, 257, 4)
 
 
@@ -182,7 +182,7 @@ def test_the_models_files_must_be_those_of_the_caches(clips):
     assert "another text encoder" in refusal(clips, text_encoder="sha256:x")
     assert "48 channels" in refusal(clips, latent_channels=48)
     assert "width 4096" in refusal(clips, context_width=4096)
-    assert "first-frame" in refusal(clips, condition=True)
+    assert "first-frame" in refusal(clips, condition_channels=20)
     TrainingSet(clips, need_camera=True, vae=VAE, text_encoder=T5, latent_channels=16, context_width=8)
 
 

@@ -45,7 +45,7 @@ def refusal(clip, kind, **expectation):
 def test_what_is_written_is_read(clip):
     condition, image_context = torch.ones(20, *latents(clip).shape[1:]), torch.rand(257, 8)
     write_all(clip, condition=condition, image_context=image_context)
-    read = cache.read_latents(clip, encoder=VAE, condition=True, image_context=True)
+    read = cache.read_latents(clip, encoder=VAE, condition_channels=20, image_context=True)
     assert torch.equal(read.latents, latents(clip)) and read.latents.dtype == torch.float32
     assert torch.equal(read.condition, condition) and torch.equal(read.image_context, image_context)
     assert cache.read_latents(clip).condition is None  # what the model does not take is not handed out
@@ -184,7 +184,7 @@ def test_a_camera_read_in_another_way(world, clip, key, value, message):
 
 
 def test_first_frame_channels_and_clip_features_that_are_missing(clip):
-    assert "first-frame channels" in refusal(clip, "latents", condition=True)
+    assert "first-frame channels" in refusal(clip, "latents", condition_channels=20)
     assert "CLIP" in refusal(clip, "latents", image_context=True)
 
 
