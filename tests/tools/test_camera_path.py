@@ -1,4 +1,4 @@
-"""tools/camera_path.py: it writes what was asked for, prints what is true, and leaves nothing behind after a mistake."""
+"""tools/camera_path.py: it writes what was asked for, prints what is true, leaves nothing behind after a mistake."""
 
 from __future__ import annotations
 
