@@ -17,6 +17,17 @@ CAMERA_FORMATS: tuple[CameraFormat, ...] = get_args(CameraFormat)
 FOV_AXES: tuple[FovAxis, ...] = get_args(FovAxis)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 AXES: tuple[Axes, ...] = get_args(Axes)
+CAMERA_SUFFIXES = (".txt", ".json", ".npy", ".npz", ".safetensors")  # of camera files that belong to a video
+
+KEYS = {  # setting -> key in a dataset TOML, and flag
+    "format": "camera_format",
+    "direction": "camera_direction",
+    "axes": "camera_axes",
+    "fov_degrees": "camera_fov",
+    "name": "camera_name",
+    "size": "camera_size",
+    "fov_axis": "fov_axis",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from camera.file_settings import CameraFileSettings, SourceFrames
+from camera import colmap, colmap_text, comfy, json_files, nerf, numpy_files, re10k, recammaster, ten_numbers, tum
+from camera.file_settings import KEYS, CameraFileSettings, SourceFrames
 from camera.number_lines import no_rows, read_lines
 from camera.path import CameraPath, PoseFrame
-from camera.path_notes import comment_notes
-from camera.re10k import COLUMNS as RE10K_COLUMNS
-from camera.re10k import read_re10k, without_header, write_re10k
-from camera.ten_numbers import COLUMNS as TEN_COLUMNS
-from camera.ten_numbers import LAYOUT as TEN_LAYOUT
-from camera.ten_numbers import read_ten, write_ten
-from core.errors import InputError, nearest
+from camera.path_notes import comment_notes, mapping_notes
+from camera.re10k import write_re10k
+from camera.safetensors_poses import read_pose_safetensors, write_pose_safetensors
+from camera.ten_numbers import write_ten
+from core.errors import InputError, listing, nearest
+from core.files import read_safetensors_metadata
 
 __all__ = [
     "FORMATS",
@@ -49,9 +49,34 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "ten": Format(read=read_ten, write=write_ten),
-    "re10k": Format(read=read_re10k, write=write_re10k),
+    "ten": Format(read=ten_numbers.read_ten, write=write_ten),
+    "re10k": Format(read=re10k.read_re10k, write=write_re10k),
+    "comfy": Format(read=comfy.read_comfy, write=comfy.write_comfy),
+    "tum": Format(read=tum.read_tum, write=tum.write_tum, settings=frozenset({"fov_degrees"})),
+    "recammaster": Format(
+        read=recammaster.read_recammaster,
+        write=recammaster.write_recammaster,
+        settings=frozenset({"fov_degrees", "name"}),
+    ),
+    "nerf": Format(read=nerf.read_nerf, write=nerf.write_nerf),
+    "colmap": Format(read=colmap.read_colmap, write=colmap.write_colmap, settings=frozenset({"name"})),
+    "arrays": Format(
+        read=numpy_files.read_numpy,
+        write=numpy_files.write_numpy,
+        settings=frozenset({"direction", "axes", "fov_degrees", "size"}),
+    ),
+    "safetensors": Format(
+        read=read_pose_safetensors,
+        write=write_pose_safetensors,
+        settings=frozenset({"direction", "axes", "fov_degrees", "size"}),
+    ),
 }
+_COLUMNS = {
+    ten_numbers.COLUMNS: "ten",
+    re10k.COLUMNS: "re10k",
+    comfy.COLUMNS: "comfy",
+    tum.COLUMNS: "tum",
+}  # of text files
 
 
 def read_camera(
@@ -113,7 +138,8 @@ def read_camera_file(
     for setting in ("direction", "axes", "fov_degrees", "name", "size"):
         if getattr(settings, setting) is not None and setting not in FORMATS[name].settings:
             raise InputError(
-                f"{file}: camera {setting} does nothing for the format {name!r}, which fixes it; leave it out"
+                f"{file}: {KEYS[setting]} does nothing for the format {name!r}, which leaves nothing open there; leave "
+                "it out"
             )
     names = None if frame_names is None else tuple(frame_names)
     frames = SourceFrames(height=height, width=width, fps=fps, names=names)
@@ -142,18 +168,36 @@ def declared_pose_frame(file: Path | str) -> PoseFrame | None:
     Raises:
         InputError: the file cannot be read, or states something that is no pose frame.
     """
-    return comment_notes(read_lines(Path(file))).pose_frame
+    file = Path(file)
+    kind = _kind(file)
+    if kind == "folder":
+        name = recognise(file)
+        if name == "colmap":
+            model = colmap.model_folder(file)
+            return None if model is None else colmap_text.text_notes(model).pose_frame
+        return None if name == "arrays" else declared_pose_frame(file / nerf.FILE_NAME)
+    if kind == "arrays":
+        return numpy_files.load_arrays(file, single="poses")[1].pose_frame
+    if kind == "safetensors":
+        return mapping_notes(read_safetensors_metadata(file), file).pose_frame
+    if kind == "json":
+        return json_files.json_notes(json_files.read_json(file), file).pose_frame
+    return comment_notes(read_lines(file)).pose_frame
 
 
 def camera_files(camera: Path) -> list[Path]:
-    """Every file that a camera consists of: itself, the content of a folder, and arrays that are read along with it.
+    """Every file that a camera is read from: itself, the members of a folder, and arrays that are read along with it.
 
     Args:
         camera: a file or folder as `read_camera` takes it.
     """
-    if camera.is_dir():
-        return sorted(file for file in camera.rglob("*") if file.is_file())
-    return [camera]
+    if not camera.is_dir():
+        beside = numpy_files.intrinsics_beside(camera)
+        return [camera] if beside is None else [camera, beside]
+    folder = colmap.model_folder(camera) or camera
+    members = [file for file in sorted(folder.iterdir()) if file.stem in colmap.MEMBERS and file.is_file()]
+    singles = (nerf.FILE_NAME, numpy_files.POSES_FILE, numpy_files.INTRINSICS_FILE)
+    return members + [camera / name for name in singles if (camera / name).is_file()]
 
 
 def recognise(file: Path) -> str:
@@ -165,16 +209,77 @@ def recognise(file: Path) -> str:
     Raises:
         InputError: no format, or more than one, has such content.
     """
-    lines = read_lines(file)
-    rows = without_header(lines)
+    kind = _kind(file)
+    if kind == "folder":
+        return _recognise_folder(file)
+    if kind == "json":
+        return _recognise_json(file)
+    return _recognise_text(file) if kind == "text" else kind
+
+
+def _kind(file: Path) -> Literal["folder", "arrays", "safetensors", "json", "text"]:
+    """What can be told without reading more than the first bytes."""
+    if file.is_dir():
+        return "folder"
+    if not file.is_file():
+        raise InputError(f"{file}: expected a camera file, found nothing")
+    with open(file, "rb") as opened:
+        head = opened.read(64)
+    if head.startswith((numpy_files.NPY_MAGIC, numpy_files.NPZ_MAGIC)) or file.suffix in (".npy", ".npz"):
+        return "arrays"
+    if file.suffix == ".safetensors" or (
+        head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size
+    ):
+        return "safetensors"
+    if file.suffix == ".bin" or (file.stem in colmap.MEMBERS and colmap.is_model(file.parent)):
+        raise InputError(
+            f"{file}: expected a whole COLMAP model, found one of its files; name the folder {file.parent}"
+        )
+    starts_json = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+    return "json" if starts_json or file.suffix == ".json" else "text"
+
+
+def _recognise_folder(folder: Path) -> str:
+    found = {
+        "colmap": colmap.model_folder(folder) is not None,
+        "nerf": (folder / nerf.FILE_NAME).is_file(),
+        "arrays": (folder / numpy_files.POSES_FILE).is_file(),
+    }
+    names = [name for name, is_there in found.items() if is_there]
+    if len(names) == 1:
+        return names[0]
+    expected = f"a COLMAP model, a {nerf.FILE_NAME} or a {numpy_files.POSES_FILE} in it"
+    if names:
+        raise InputError(f"{folder}: expected {expected}, found {' and '.join(names)}; name one as {KEYS['format']}")
+    raise InputError(f"{folder}: expected a camera file, found a folder without {expected}")
+
+
+def _recognise_json(file: Path) -> str:
+    content = json_files.read_json(file)
+    found = {"nerf": nerf.is_nerf(content), "recammaster": recammaster.is_recammaster(content)}
+    names = [name for name, fits in found.items() if fits]
+    if len(names) == 1:
+        return names[0]
+    if names:
+        raise InputError(
+            f"{file}: expected the keys of one format, found those of {' and '.join(names)}; name one as "
+            f"{KEYS['format']}"
+        )
+    raise InputError(
+        f"{file}: expected frames with a transform_matrix (nerf) or frame0, frame1, ... (recammaster), found the keys "
+        f"{listing(content) if content else 'of an empty object'}; docs/cameras.md shows every format"
+    )
+
+
+def _recognise_text(file: Path) -> str:
+    rows = re10k.without_header(read_lines(file))
     if not rows:
         raise no_rows(file)
     num_columns = len(rows[0].fields())
-    if num_columns == RE10K_COLUMNS:
-        return "re10k"
-    if num_columns == TEN_COLUMNS:
-        return "ten"
+    if num_columns in _COLUMNS:
+        return _COLUMNS[num_columns]
+    known = ", ".join(f"{count} ({name})" for count, name in sorted(_COLUMNS.items()))
     raise rows[0].error(
-        f"expected {TEN_COLUMNS} numbers ({TEN_LAYOUT}) or the {RE10K_COLUMNS} of RealEstate10K, found "
-        f"{num_columns} columns; docs/cameras.md shows every format"
+        f"expected as many numbers as a format has, {known}, found {num_columns} columns; "
+        "docs/cameras.md shows every format"
     )

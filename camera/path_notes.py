@@ -93,7 +93,7 @@ def comment_notes(lines: Iterable[Line]) -> PathNotes:
 
 
 def mapping_notes(entries: Mapping[str, object], file: Path) -> PathNotes:
-    """The notes among the entries of a JSON object, an .npz file or a safetensors file's metadata.
+    """The notes among the entries of a JSON object, an .npz file or a safetensors file's metadata; null says nothing.
 
     Raises:
         InputError: a value that the key does not take; names file and key.
@@ -102,7 +102,7 @@ def mapping_notes(entries: Mapping[str, object], file: Path) -> PathNotes:
     def error(message: str) -> InputError:
         return InputError(f"{file}: {message}")
 
-    known = {name: str(entries[name]) for name in NOTE_KEYS if name in entries}
+    known = {name: str(entries[name]) for name in NOTE_KEYS if entries.get(name) not in (None, "null")}
     return PathNotes(**{name: _read_value(name, text, error) for name, text in known.items()})
 
 

@@ -7,10 +7,12 @@ not become training data, and every command that reads one config sees the same 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from camera.file_settings import CAMERA_SUFFIXES
 from core.errors import InputError, listing, nearest
 from dataset.buckets import Crop, bucket_size, cover_crop
 from dataset.config import CameraSettings, DatasetConfig, DatasetSettings, FramesDataset, VideoDataset
@@ -172,15 +174,34 @@ def _videos(where: str, dataset: VideoDataset) -> list[_Source]:
     _require_files(where, "a caption beside every video", list(captions.values()))
     cameras: dict[Path, Path] = {}
     if dataset.camera_directory is not None:
-        cameras = {video: dataset.camera_directory / f"{video.stem}.txt" for video in videos}
-        _require_files(where, "a camera file for every video", list(cameras.values()))
+        cameras = {video: _camera_of(where, dataset.camera_directory, video) for video in videos}
+        _require_cameras(where, "a camera file for every video", list(cameras.values()))
     return [_Source(path=video, caption=_read_caption(captions[video]), camera=cameras.get(video)) for video in videos]
 
 
 def _scene(where: str, dataset: FramesDataset) -> _Source:
     if dataset.camera_params is not None:
-        _require_files(where, "the camera file camera_params", [dataset.camera_params])
+        _require_cameras(where, "the camera file camera_params", [dataset.camera_params])
     return _Source(path=dataset.folder, caption=dataset.prompt.strip(), camera=dataset.camera_params)
+
+
+def _camera_of(where: str, folder: Path, video: Path) -> Path:
+    """The camera file of a video, or the folder of its reconstruction; NAME.txt where nothing is there."""
+    candidates = [folder / f"{video.stem}{suffix}" for suffix in CAMERA_SUFFIXES]
+    found = [file for file in candidates if file.is_file()]
+    found += [inner for inner in [folder / video.stem] if inner.is_dir()]
+    if len(found) > 1:
+        raise InputError(
+            f"{where} camera_directory: expected one camera for {video}, found {' and '.join(map(str, found))}; move "
+            "the others"
+        )
+    return found[0] if found else candidates[0]
+
+
+def _require_cameras(where: str, what: str, cameras: Sequence[Path]) -> None:
+    missing = [str(camera) for camera in cameras if not camera.exists()]
+    if missing:
+        raise InputError(f"{where}: expected {what}, missing: {listing(missing)}")
 
 
 def _require_files(where: str, what: str, files: Sequence[Path]) -> None:
@@ -246,7 +267,7 @@ def _clips_of(
 
 
 def read_excluded(file: Path) -> dict[str, int]:
-    """The clips that a list leaves out, each with its line: `Clip.name` one a line; "#" starts a comment.
+    """The clips that a list leaves out, each with its line: `Clip.name` one a line; " #" starts a comment.
 
     Raises:
         InputError: no such file, or no text.
@@ -257,7 +278,7 @@ def read_excluded(file: Path) -> dict[str, int]:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: expected text in UTF-8, found a byte that is not, at {error.start}") from None
-    names = {line.partition("#")[0].strip(): number for number, line in enumerate(lines, 1)}
+    names = {re.split(r"(?:^|\s)#", line)[0].strip(): number for number, line in enumerate(lines, 1)}
     names.pop("", None)
     return names
 

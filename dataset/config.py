@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import toml
 
-from camera.file_settings import AXES, CAMERA_FORMATS, DIRECTIONS, FOV_AXES, CameraFileSettings
+from camera.file_settings import AXES, CAMERA_FORMATS, CAMERA_SUFFIXES, DIRECTIONS, FOV_AXES, CameraFileSettings
+from camera.file_settings import KEYS as SETTING_KEYS
 from camera.scale import PER_CLIP, SCALE_RULES, parse_scale_rule
 from core.errors import InputError, nearest
 from dataset.extraction import EXTRACTIONS, Extraction
@@ -203,15 +204,7 @@ KEYS: dict[str, Key] = {
     "estimate_camera": Key(_flag, False),
     "prompt": Key(_text, None, kind="frames"),
 }
-CAMERA_FILE_KEYS = {  # key -> field of CameraFileSettings
-    "camera_format": "format",
-    "camera_direction": "direction",
-    "camera_axes": "axes",
-    "camera_fov": "fov_degrees",
-    "camera_name": "name",
-    "camera_size": "size",
-    "fov_axis": "fov_axis",
-}
+CAMERA_FILE_KEYS = {key: setting for setting, key in SETTING_KEYS.items()}  # key -> field of CameraFileSettings
 CAMERA_KEYS = (*CAMERA_FILE_KEYS, "pose_frame", "camera_scale", "camera_fps")
 ESTIMATE_KEYS = ("camera_fov", "fov_axis", "pose_frame", "camera_scale")  # those that act without a camera file
 EXTRACTION_KEYS = {"frame_stride": "slide", "frame_sample": "uniform", "max_frames": "full"}
@@ -347,10 +340,11 @@ def _dataset(path: Path, where: str, table: Any, shared: Mapping[str, Any]) -> V
     if kinds == ["video"]:
         folder = values["video_directory"]
         camera_directory, extension = values["camera_directory"], values["caption_extension"]
-        if camera_directory is not None and extension == ".txt" and camera_directory.resolve() == folder.resolve():
+        shared_folder = camera_directory is not None and camera_directory.resolve() == folder.resolve()
+        if shared_folder and extension in CAMERA_SUFFIXES:
             raise InputError(
-                f"{path}, {where} camera_directory: camera files and captions would be the same NAME.txt in {folder}; "
-                f"move the camera files, or set another caption_extension"
+                f"{path}, {where} camera_directory: camera files and captions would be the same NAME{extension} in "
+                f"{folder}; move the camera files, or set another caption_extension"
             )
         return VideoDataset(
             folder=folder,
