@@ -52,7 +52,7 @@ class PluckerAdapter(CameraEncoder):
         super().__init__(variant)
         with torch.device("meta"):
             self.control_adapter = ControlAdapter(variant.dit.dim, variant.vae.stride[1])
-        self.control_adapter.to_empty(device="cpu")
+        self.control_adapter.to_empty(device=torch.get_default_device())
         zero_start(self.control_adapter, generator)
 
     def encode(self, c2w: Tensor, K: Tensor, height: int, width: int) -> CameraCondition:

@@ -166,7 +166,7 @@ def live_linear(
     in_features: int, out_features: int, generator: torch.Generator | None, *, bias: bool = True
 ) -> nn.Linear:
     """A linear that keeps the variance of its input, drawn from one generator; the global one is not touched."""
-    linear = nn.Linear(in_features, out_features, bias=bias, device="meta").to_empty(device="cpu")
+    linear = nn.Linear(in_features, out_features, bias=bias, device="meta").to_empty(device=torch.get_default_device())
     nn.init.kaiming_normal_(linear.weight, nonlinearity="linear", generator=generator)
     if bias:
         nn.init.zeros_(linear.bias)
@@ -175,7 +175,7 @@ def live_linear(
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
     """A linear without bias that starts at zero."""
-    linear = nn.Linear(in_features, out_features, bias=False, device="meta").to_empty(device="cpu")
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta").to_empty(device=torch.get_default_device())
     nn.init.zeros_(linear.weight)
     return linear
 
