@@ -13,7 +13,6 @@ A camera file of N poses gives N frames: the path is held to the next 4n+1 that 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -166,7 +165,7 @@ FLAGS = {  # setting -> flag of another name
 
 def main(options: Options) -> None:
     # ---- settle what is not given ---------------------------------------------------------------------------------
-    network, metadata = leading_metadata({path: read_network_file(path) for path in options.network_weights})
+    network, metadata = leading_metadata({file: read_network_file(file) for file in options.network_weights})
     table = {} if options.dataset_config is None else dict(read_dataset_config(options.dataset_config).model)
     files, variant = settle_model(options, table, metadata)
     given = {name: getattr(options, FLAGS.get(name, name), None) for name in (field.name for field in fields(Settings))}
@@ -215,7 +214,6 @@ def main(options: Options) -> None:
     )
 
     # ---- from noise to video --------------------------------------------------------------------------------------
-    started = time.perf_counter()
     latents = sample_latents(
         lambda name: load_expert(options, files, variant, name, settings, conditions, camera, device),
         variant=variant,
@@ -224,7 +222,6 @@ def main(options: Options) -> None:
         first_latents=first_latents,
         device=device,
     )
-    print(f"sampled in {time.perf_counter() - started:.1f} s; decoding")
     frames = decode_frames(vae, latents)[0]  # uint8 [T, H, W, 3]
     record = {"settings": asdict(settings), "sources": sources, "model": asdict(files), "options": asdict(options)}
     written = write_results(frames[: settings.num_frames], options.save_path, fps=settings.fps, record=record)

@@ -225,7 +225,8 @@ def test_the_scale_rule_of_the_toml_reaches_the_network_and_its_videos(world, tm
     rows = [[float(number) for number in line.split()] for line in file.read_text().splitlines()]
     far = tmp_path / "far.txt"
     far.write_text("\n".join(" ".join(map(str, [*(4 * x for x in row[:3]), *row[3:]])) for row in rows))
-    assert torch.equal(near, film_with(trained, tmp_path / "b.mp4", camera_params=far, infer_steps=1))
+    again = film_with(trained, tmp_path / "b.mp4", camera_params=far, infer_steps=1)
+    assert (near.float() - again.float()).abs().mean() < 0.05
 
 
 def test_a_camera_without_a_network_is_refused(tmp_path, path_file):
