@@ -8,7 +8,9 @@ from typing import Literal, get_args
 
 from core.errors import InputError, nearest
 
-CameraFormat = Literal["auto", "ten", "re10k", "comfy", "tum", "recammaster", "nerf", "colmap", "arrays", "safetensors"]
+CameraFormat = Literal[
+    "auto", "ten", "re10k", "comfy", "tum", "recammaster", "nerf", "colmap", "arrays", "safetensors", "tagged"
+]
 FovAxis = Literal["horizontal", "vertical"]
 Direction = Literal["c2w", "w2c"]
 Axes = Literal["opencv", "opengl", "pytorch3d", "unreal"]
@@ -80,12 +82,14 @@ class SourceFrames:
         width: pixels.
         fps: frames per second; None takes what the file says, if it does.
         names: of the image files, in order, where the frames are files: formats that name images are matched by them.
+        count: how many they are, for a format that describes a motion in seconds; None: as many as the motion lasts.
     """
 
     height: int
     width: int
     fps: float | None = None
     names: tuple[str, ...] | None = None
+    count: int | None = None
 
 
 def _require_known(what: str, found: str, known: tuple[str, ...]) -> None:

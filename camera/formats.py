@@ -14,6 +14,7 @@ from camera.path import CameraPath, PoseFrame
 from camera.path_notes import comment_notes, mapping_notes
 from camera.re10k import write_re10k
 from camera.safetensors_poses import read_pose_safetensors, write_pose_safetensors
+from camera.tagged_file import is_tagged_file, read_tagged_file, tagged_pose_frame, write_tagged_file
 from camera.ten_numbers import write_ten
 from core.errors import InputError, listing, nearest
 from core.files import read_safetensors_metadata
@@ -70,6 +71,11 @@ FORMATS: dict[str, Format] = {
         write=write_pose_safetensors,
         settings=frozenset({"direction", "axes", "fov_degrees", "size"}),
     ),
+    "tagged": Format(
+        read=read_tagged_file,
+        write=write_tagged_file,
+        settings=frozenset({"direction", "axes", "fov_degrees", "size"}),  # all but one for the file it may name
+    ),
 }
 _COLUMNS = {
     ten_numbers.COLUMNS: "ten",
@@ -114,6 +120,7 @@ def read_camera_file(
     height: int,
     width: int,
     fps: float | None = None,
+    num_frames: int | None = None,
     frame_names: Sequence[str] | None = None,
 ) -> CameraPath:
     """Read a camera file: as many poses as it has frames, in pose frame "scene" unless the file says "first".
@@ -124,6 +131,7 @@ def read_camera_file(
         height: pixels of the video's own frames, before any resize or crop.
         width: pixels of the video's own frames.
         fps: of the video; None takes what the file says, if it does.
+        num_frames: of the video; a format that describes a motion in seconds needs it to be as long.
         frame_names: names of the frames' files, in order, where the source is a folder of images: a format that names
             its images gives the poses of exactly these.
 
@@ -142,7 +150,7 @@ def read_camera_file(
                 "it out"
             )
     names = None if frame_names is None else tuple(frame_names)
-    frames = SourceFrames(height=height, width=width, fps=fps, names=names)
+    frames = SourceFrames(height=height, width=width, fps=fps, names=names, count=num_frames)
     return FORMATS[name].read(file, settings, frames)
 
 
@@ -182,7 +190,7 @@ def declared_pose_frame(file: Path | str) -> PoseFrame | None:
         return mapping_notes(read_safetensors_metadata(file), file).pose_frame
     if kind == "json":
         return json_files.json_notes(json_files.read_json(file), file).pose_frame
-    return comment_notes(read_lines(file)).pose_frame
+    return tagged_pose_frame(file) if is_tagged_file(file) else comment_notes(read_lines(file)).pose_frame
 
 
 def camera_files(camera: Path) -> list[Path]:
@@ -272,6 +280,8 @@ def _recognise_json(file: Path) -> str:
 
 
 def _recognise_text(file: Path) -> str:
+    if is_tagged_file(file):
+        return "tagged"
     rows = re10k.without_header(read_lines(file))
     if not rows:
         raise no_rows(file)

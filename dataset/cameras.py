@@ -36,6 +36,8 @@ def read_clip_camera(clip: Clip) -> CameraPath:
         settings,
         height=crop.source_height,
         width=crop.source_width,
+        fps=settings.fps or clip.source_fps,
+        num_frames=None if settings.fps else clip.num_source_frames,
         frame_names=[file.name for file in list_frames(clip.source)] if clip.source.is_dir() else None,
     )
     if path.pose_frame == "first" and settings.pose_frame == "scene":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from camera.file_settings import CAMERA_SUFFIXES
+from camera.tagged_text import caption_of
 from core.errors import InputError, listing, nearest
 from dataset.buckets import Crop, bucket_size, cover_crop
 from dataset.config import CameraSettings, DatasetConfig, DatasetSettings, FramesDataset, VideoDataset
@@ -212,7 +213,7 @@ def _require_files(where: str, what: str, files: Sequence[Path]) -> None:
 
 def _read_caption(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig").strip()
+        return caption_of(file.read_text(encoding="utf-8-sig"))  # without camera tags, which are no words
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: expected a caption in UTF-8, found a byte that is not, at {error.start}") from None
 
