@@ -105,7 +105,7 @@ def _stated(file: Path, what: str, *sources: str | None) -> str:
     if not said:
         known = "c2w or w2c" if what == "direction" else "opencv, opengl, pytorch3d or unreal"
         raise InputError(
-            f"{file}: expected the {what} of its matrices, which the file does not record and nobody can see; set "
+            f"{file}: expected the {what} of its matrices, which numbers do not show, found none recorded; set "
             f"camera_{what} in the TOML (--camera_{what} as a flag) to {known}"
         )
     if len(set(said)) > 1:
@@ -205,8 +205,8 @@ def _size(file: Path, notes: PathNotes, settings: CameraFileSettings, name: str)
     size = recorded or settings.size
     if size is None:
         raise InputError(
-            f"{file} {name}: expected the size of the frames that these pixels belong to, which the file does not "
-            "record; set camera_size in the TOML to [width, height] (--camera_size HEIGHT WIDTH as a flag)"
+            f"{file} {name}: expected the size of the frames that these pixels belong to, found none "
+            "recorded; set camera_size in the TOML to [width, height] (--camera_size HEIGHT WIDTH as a flag)"
         )
     return size
 

@@ -40,7 +40,7 @@ def fov_intrinsics(
         fov, axis = notes.fov_degrees, "horizontal"
     if fov is None:
         raise InputError(
-            f"{file}: expected a field of view, which this file does not hold; give it in degrees as camera_fov in the "
+            f"{file}: expected a field of view, found poses only; give it in degrees as camera_fov in the "
             "TOML (--camera_fov as a flag), and fov_axis if it is vertical"
         )
     angles = torch.full((num_frames,), fov, dtype=torch.float64)

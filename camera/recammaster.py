@@ -99,7 +99,8 @@ def _frame_tables(file: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
     missing = [f"frame{number}" for number in range(len(numbers)) if number not in numbers]
     if missing or not numbers:
         raise InputError(
-            f"{file}: expected the keys frame0, frame1, ... without a gap, missing: {listing(missing or ['frame0'])}"
+            f"{file}: expected the keys frame0, frame1, ... without a gap, found none for "
+            f"{listing(missing or ['frame0'])}"
         )
     tables = [content[numbers[number]] for number in range(len(numbers))]
     for number, table in enumerate(tables):
