@@ -85,7 +85,12 @@ def requested_path(
         assert request.file is not None
         name, declared = str(request.file), declared_pose_frame(request.file)
         path = read_camera_file(
-            request.file, request.file_settings, height=settings.height, width=settings.width, fps=settings.fps
+            request.file,
+            request.file_settings,
+            height=settings.height,
+            width=settings.width,
+            fps=settings.fps,
+            num_frames=request.num_frames,
         )
         if request.num_frames not in (None, len(path)):
             raise InputError(
