@@ -36,7 +36,7 @@ if __name__ == "__main__":
     OPTIONS = parse_options(Options, __doc__)
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from networks.camera_encoders import INJECTIONS, build_camera

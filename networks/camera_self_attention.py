@@ -46,5 +46,5 @@ class SelfAttentionBranch(CameraBranch):
 
     def after(self, out: Tensor, x: Tensor, q: Tensor, features: Tensor) -> Tensor:
         for linear in self.projector:
-            out = linear_as(out, linear)
+            out = linear_as(out, linear)  # type: ignore[arg-type]
         return out[:, None]  # [B, 1, L, D]

@@ -137,10 +137,11 @@ def read_camera_settings(
                 f"network argument {name}: injection {injection} uses {', '.join(defaults.options)}, found {name}; "
                 f"leave it out or choose another injection"
             )
-    rank: Rank | None = defaults.rank
-    if rank is not None:
-        is_full = defaults.full_rank and network_args.get("camera_rank") == "full"
-        rank = "full" if is_full else read_int(network_args, "camera_rank", rank)
+    rank: Rank | None = None
+    if defaults.full_rank and network_args.get("camera_rank") == "full":
+        rank = "full"
+    elif defaults.rank is not None:
+        rank = read_int(network_args, "camera_rank", defaults.rank)
     absolute = None
     if defaults.absolute:
         usual = "yes" if pose_frame == "scene" else "no"

@@ -286,15 +286,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, features: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """x [B, L, D], rope [2, L, 1, d/2], features and keep as in the block -> [B, L, D]"""
-        camera = None if features is None else self.camera
-        if camera is not None:
-            x = add_branch(x, camera.before(x, features), keep)
+        if self.camera is not None and features is not None:
+            x = add_branch(x, self.camera.before(x, features), keep)
         v = self.heads(self.v(x))
         q = rotate(self.heads(self.norm_q(self.q(x))), rope).to(v.dtype)  # [B, L, N, d]
         k = rotate(self.heads(self.norm_k(self.k(x))), rope).to(v.dtype)
         out = self.o(attention(q, k, v, backend=self.backend).flatten(2))
-        if camera is not None:
-            out = add_branch(out, camera.after(out, x, q, features), keep)
+        if self.camera is not None and features is not None:
+            out = add_branch(out, self.camera.after(out, x, q, features), keep)
         return out
 
     def heads(self, x: Tensor) -> Tensor:
