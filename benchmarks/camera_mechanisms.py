@@ -122,6 +122,7 @@ def run_world(options: Options, name: str, mechanisms: tuple[str, ...]) -> list[
         Run(world=world, mechanism=mechanism, seed=seed, training=training_of(options), work=options.work)
         for seed in options.seeds
         for mechanism in mechanisms
+        if name == "scene" or mechanism != BASE or seed == options.seeds[0]
     ]
     todo = [each for each in runs if not each.result_file.exists()]
     spawned = multiprocessing.get_context("spawn")

@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = "none"
 """The mechanism that is none: a LoRA alone, trained on the same clips for the same steps."""
 FILMED_AT_ONCE = 10
+RECOVERED = 2
+"""The camera of every second video is recovered from it: that takes longer than to film it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,17 +186,16 @@ def score(run: Run) -> dict[str, object]:
         finder = finders[case.scene]
         candidates = torch.stack([finder.renderer(path) for path in (case.asked, *case.others)])
         start_pose = case.asked.c2w[0] if run.world.pose_frame == "first" else None
-        c2w, error = finder.recover(video, K=case.asked.K[0], start=start_pose)
-        scored.append(
-            {
-                "video": number,
-                "scene": case.scene,
-                "top1": closest(video, candidates) == 0,
-                "psnr": psnr(video, candidates[0]),
-                **camera_errors(c2w, case.asked.c2w),
-                "alignment_error": error,
-            }
-        )
+        found = {
+            "video": number,
+            "scene": case.scene,
+            "top1": closest(video, candidates) == 0,
+            "psnr": psnr(video, candidates[0]),
+        }
+        if (number + number // len(run.world.test_scenes)) % RECOVERED == 0:  # in every room
+            c2w, error = finder.recover(video, K=case.asked.K[0], start=start_pose)
+            found |= camera_errors(c2w, case.asked.c2w) | {"alignment_error": error}
+        scored.append(found)
     write_video(torch.cat(videos[:8], dim=2), run.folder / "first_eight.mp4", fps=8)
     return {"parameters": parameters(run), "videos": scored}
 

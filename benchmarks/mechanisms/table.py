@@ -25,7 +25,7 @@ class Row:
     """Share of videos that are nearest to the rendering of their own path."""
     top1_of_seeds: tuple[float, ...]
     rotation_degrees: float
-    """Median over the videos of the mean over their frames."""
+    """Median over the videos whose camera was recovered, of the mean over their frames."""
     position_metres: float
     psnr: float
     """Mean over the videos."""
@@ -44,6 +44,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     for mechanism in dict.fromkeys(result["mechanism"] for result in results):
         own = [result for result in results if result["mechanism"] == mechanism]
         videos = [video for result in own for video in result["videos"]]
+        recovered = [video for video in videos if "rotation_degrees" in video]
         rows.append(
             Row(
                 mechanism=mechanism,
@@ -51,8 +52,8 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[Row]:
                 videos=len(videos),
                 top1=statistics.mean(video["top1"] for video in videos),
                 top1_of_seeds=tuple(statistics.mean(video["top1"] for video in result["videos"]) for result in own),
-                rotation_degrees=statistics.median(video["rotation_degrees"] for video in videos),
-                position_metres=statistics.median(video["position_metres"] for video in videos),
+                rotation_degrees=statistics.median(video["rotation_degrees"] for video in recovered),
+                position_metres=statistics.median(video["position_metres"] for video in recovered),
                 psnr=statistics.mean(video["psnr"] for video in videos),
                 parameters=own[0]["parameters"],
             )
