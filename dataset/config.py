@@ -341,10 +341,11 @@ def _dataset(path: Path, where: str, table: Any, shared: Mapping[str, Any]) -> V
         folder = values["video_directory"]
         camera_directory, extension = values["camera_directory"], values["caption_extension"]
         shared_folder = camera_directory is not None and camera_directory.resolve() == folder.resolve()
-        if shared_folder and extension in CAMERA_SUFFIXES:
+        if shared_folder and extension in CAMERA_SUFFIXES and values["camera_format"] != "tagged":
             raise InputError(
                 f"{path}, {where} camera_directory: camera files and captions would be the same NAME{extension} in "
-                f"{folder}; move the camera files, or set another caption_extension"
+                f"{folder}; move the camera files, set another caption_extension, or, where captions carry camera "
+                'tags, camera_format = "tagged"'
             )
         return VideoDataset(
             folder=folder,
