@@ -292,7 +292,7 @@ def main(options: Options) -> None:
         num_parameters = sum(parameter.numel() for parameter in network.parameters())
         accelerator.print(f"{name}-noise expert: sigma {low:g} to {high:g}, {num_parameters:,} trained parameters")
 
-    if network_module.NEEDS_CAMERA and not any(expert.network.camera_encoder for expert in experts):
+    if network_module.NEEDS_CAMERA and not any(expert.network.hears_camera for expert in experts):
         names = " and ".join(expert.name for expert in experts)
         raise InputError(
             f"network argument camera_experts: expected an expert that is trained ({names}), found only the other one"

@@ -119,14 +119,23 @@ def load_network(
             )
         module = import_module(name)
     if "camera_file" in metadata:
-        weights |= _read_camera_file(path, metadata)
+        weights |= read_camera_half(path, metadata)
     try:
         return module.load_network(dit, weights, metadata, variant=variant, expert=expert, multiplier=multiplier)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def _read_camera_file(path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+def read_camera_half(path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights of the camera file that a LoRA file names.
+
+    Args:
+        path: the LoRA file.
+        metadata: of it, with a camera_file among them.
+
+    Raises:
+        InputError: the camera file is missing, broken, or of another save.
+    """
     camera_file = path.parent / Path(metadata["camera_file"]).name
     if not camera_file.is_file():
         raise InputError(

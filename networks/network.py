@@ -137,6 +137,11 @@ class Network(nn.Module):
         """Adapters by the name of the linear that each is on."""
         return {key.replace("/", "."): lora for key, lora in self.adapters.items()}  # type: ignore[misc]
 
+    @property
+    def hears_camera(self) -> bool:
+        """Whether `encode_camera` gives the DiT anything: a mechanism of this network's, or a Wan-Fun model's own."""
+        return self.camera_encoder is not None or self.rays_encoder is not None
+
     def encode_camera(
         self, c2w: Tensor, K: Tensor, height: int, width: int, *, keep: Tensor | None = None
     ) -> CameraCondition | None:
@@ -152,7 +157,7 @@ class Network(nn.Module):
         Returns:
             None from a network without camera.
         """
-        if self.camera_encoder is None and self.rays_encoder is None:
+        if not self.hears_camera:
             return None
         condition = CameraCondition()
         if self.camera_encoder is not None:
