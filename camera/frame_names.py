@@ -68,11 +68,11 @@ def _gaps(names: Sequence[str]) -> list[str]:
     numbers: dict[int, str] = {}
     patterns = set()
     for name in names:
-        number = _LAST_NUMBER.search(PurePosixPath(name).stem)
-        if number is None or len(number[1]) > 15:
+        digits = _LAST_NUMBER.search(PurePosixPath(name).stem)
+        if digits is None or len(digits[1]) > 15:
             return []
         patterns.add(_LAST_NUMBER.sub("#", PurePosixPath(name).stem))
-        numbers[int(number[1])] = name
+        numbers[int(digits[1])] = name
     if len(patterns) != 1 or len(numbers) < 3:
         return []  # not one numbered series; the number of poses is compared with the number of frames later
     found = sorted(numbers)

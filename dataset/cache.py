@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,15 +25,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from camera.formats import camera_files
 from camera.path import CameraPath
 from core.errors import InputError
 from core.files import fingerprint, read_safetensors, read_safetensors_header, save_safetensors, text_hash
 from dataset.buckets import Crop
 from dataset.clips import Clip
+from dataset.config import CAMERA_FILE_KEYS
 from dataset.video import list_frames
 
 Kind = Literal["latents", "text", "camera"]
-VERSIONS: dict[Kind, str] = {"latents": "1", "text": "1", "camera": "2"}
+VERSIONS: dict[Kind, str] = {"latents": "1", "text": "1", "camera": "3"}
 """Of the schema above. A change of a kind's keys, shapes, dtypes or provenance raises its number."""
 COMMANDS: dict[Kind, str] = {"latents": "cache_latents.py", "text": "cache_text.py", "camera": "cache_camera.py"}
 DTYPES: dict[Kind, dict[str, str]] = {
@@ -49,7 +52,15 @@ LABELS = {  # what a differing entry of the metadata means to a person
     "crop": "another resolution",
     "caption_hash": "another caption",
     "camera_fingerprint": "the camera file has changed",
+    "estimate_camera": "a camera from a file against one that is estimated",
+    "estimator": "another estimator, or other settings of it",
+    "frame_names": "other names of the frames",
     "camera_format": "another camera format",
+    "camera_direction": "another direction of the poses",
+    "camera_axes": "other camera axes",
+    "camera_fov": "another field of view",
+    "camera_name": "another camera of the file",
+    "camera_size": "another size that the intrinsics belong to",
     "fov_axis": "another axis of the field of view",
     "pose_frame": "another pose frame",
     "scale_rule": "another scale rule",
@@ -119,9 +130,19 @@ def write_text(clip: Clip, context: Tensor, *, encoder: str) -> None:
     _write(clip, "text", {"context": context.to(torch.bfloat16)}, metadata)
 
 
-def write_camera(clip: Clip, path: CameraPath) -> None:
-    """Write the camera cache of a clip: the path that `read_clip_camera` gave."""
-    metadata = {
+def write_camera(
+    clip: Clip, path: CameraPath, *, estimator: str | None = None, figures: Mapping[str, object] | None = None
+) -> None:
+    """Write the camera cache of a clip.
+
+    Args:
+        clip: from `list_clips`.
+        path: what `read_clip_camera` gave, or `estimate_clip_camera`.
+        estimator: what found an estimated path, and with which settings.
+        figures: how far to trust an estimated path; for reports, no part of the provenance.
+    """
+    metadata = {} if estimator is None else {"estimator": estimator, "estimate": json.dumps(figures)}
+    metadata |= {
         **_camera_provenance(clip),
         "source": str(clip.camera.path if clip.camera else None),
         "pose_frame": path.pose_frame,
@@ -139,7 +160,7 @@ def problem(
     kind: Kind,
     *,
     encoder: str | None = None,
-    condition: bool = False,
+    condition_channels: int = 0,
     image_context: bool = False,
     check_source: bool = True,
 ) -> str | None:
@@ -148,8 +169,9 @@ def problem(
     Args:
         clip: from `list_clips`.
         kind: which of its caches.
-        encoder: fingerprint of the VAE or text encoder that must have written it; None accepts any.
-        condition: whether the model needs the first-frame channels.
+        encoder: fingerprint of the VAE or text encoder that must have written it, or the estimator of cameras; None
+            accepts any.
+        condition_channels: channels of the first-frame condition that the model takes; 0: it takes none.
         image_context: whether the model needs CLIP features.
         check_source: compare the source's content as well; False only where that has been done already.
 
@@ -157,9 +179,14 @@ def problem(
         One line: the clip, the file, what was expected, what was found, and which command mends it.
     """
     if kind == "camera" and clip.camera is None:
-        return f"{clip.key}: expected a camera, found none in the TOML; name camera_directory or camera_params there"
+        return (
+            f"{clip.key}: expected a camera, found none in the TOML; name camera_directory or camera_params there, or "
+            "say estimate_camera = true"
+        )
     file = cache_path(clip, kind)
     advice = f"re-run {COMMANDS[kind]} with the same dataset TOML"
+    if kind == "camera" and clip.camera is not None and clip.camera.settings.estimate:
+        advice = f"re-run {COMMANDS[kind]} --estimate with the same dataset TOML, or name the clip in exclude_clips"
     if not file.is_file():
         return f"{clip.key}: expected its {kind} cache {file}, found nothing; {advice}"
     try:
@@ -172,6 +199,8 @@ def problem(
         expected = _text_provenance(clip, encoder)
     else:
         expected = _camera_provenance(clip, check_source=check_source)
+        if encoder is not None:
+            expected["estimator"] = encoder
     for name, value in expected.items():
         if metadata.get(name) != value:
             label = (
@@ -180,25 +209,28 @@ def problem(
             found = _shown(name, metadata.get(name))
             return f"{clip.key}: {file}: {label}: expected {_shown(name, value)}, found {found}; {advice}"
     flaw = _layout_flaw(clip, kind, tensors)
-    if flaw is None and condition and "condition" not in tensors:
-        flaw = "expected first-frame channels for an image-to-video model, found none"
+    channels = tensors["condition"][1][0] if "condition" in tensors else 0
+    if flaw is None and condition_channels not in (0, channels):
+        flaw = f"expected {condition_channels} first-frame channels for this model, found {channels or 'none'}"
     if flaw is None and image_context and "image_context" not in tensors:
         flaw = "expected CLIP features for a model with an image branch, found none"
     return flaw and f"{clip.key}: {file}: {flaw}; {advice}"
 
 
 def is_current(
-    clip: Clip, kind: Kind, *, encoder: str | None = None, condition: bool = False, image_context: bool = False
+    clip: Clip, kind: Kind, *, encoder: str | None = None, condition_channels: int = 0, image_context: bool = False
 ) -> bool:
     """Whether writing a cache again would change nothing: what --skip_existing asks. Arguments as of `problem`."""
-    return problem(clip, kind, encoder=encoder, condition=condition, image_context=image_context) is None
+    return (
+        problem(clip, kind, encoder=encoder, condition_channels=condition_channels, image_context=image_context) is None
+    )
 
 
 def read_latents(
     clip: Clip,
     *,
     encoder: str | None = None,
-    condition: bool = False,
+    condition_channels: int = 0,
     image_context: bool = False,
     check_source: bool = True,
 ) -> Latents:
@@ -214,14 +246,14 @@ def read_latents(
             clip,
             "latents",
             encoder=encoder,
-            condition=condition,
+            condition_channels=condition_channels,
             image_context=image_context,
             check_source=check_source,
         ),
     )
     return Latents(
         latents=tensors["latents"],
-        condition=tensors["condition"] if condition else None,
+        condition=tensors["condition"] if condition_channels else None,
         image_context=tensors["image_context"] if image_context else None,
     )
 
@@ -285,15 +317,21 @@ def _camera_provenance(clip: Clip, check_source: bool = True) -> dict[str, str]:
     assert clip.camera is not None  # read_clip_camera and problem refuse such clips with a message
     settings = clip.camera.settings
     expected = _provenance("camera") | _sampling_provenance(clip, clip.crop)
+    expected |= {key: str(getattr(settings, field)) for key, field in CAMERA_FILE_KEYS.items()}
     expected |= {
-        "camera_format": settings.format,
-        "fov_axis": settings.fov_axis,
         "pose_frame": settings.pose_frame,
         "scale_rule": settings.scale,
         "camera_fps": json.dumps(settings.fps),
+        "estimate_camera": str(settings.estimate),
         "fps": json.dumps(clip.fps),
     }
-    return expected | {"camera_fingerprint": _file_fingerprint(clip.camera.path)} if check_source else expected
+    if check_source:
+        expected["camera_fingerprint"] = (
+            source_fingerprint(clip) if settings.estimate else _camera_fingerprint(clip.camera.path)
+        )
+        if clip.source.is_dir():  # formats that name images are matched by these
+            expected["frame_names"] = text_hash("\n".join(file.name for file in list_frames(clip.source)))
+    return expected
 
 
 def _sampling_provenance(clip: Clip, crop: Crop) -> dict[str, str]:
@@ -380,6 +418,14 @@ def _require_finite(clip: Clip, name: str, tensor: Tensor, consequence: str) -> 
             f"{clip.key}: expected finite {name}, found {bad} of {tensor.numel()} numbers NaN or infinite; "
             f"{consequence}"
         )
+
+
+def _camera_fingerprint(camera: Path) -> str:
+    """What identifies the content of a camera file, or of all files that a camera's folder or format consists of."""
+    files = camera_files(camera)
+    if files == [camera]:
+        return _file_fingerprint(camera)
+    return text_hash("\n".join(f"{file} {_file_fingerprint(file)}" for file in files))
 
 
 def _file_fingerprint(file: Path) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from pathlib import Path
+
 import torch
 
 from camera.formats import read_camera_file
@@ -10,6 +14,10 @@ from camera.scale import in_scale
 from core.errors import InputError
 from dataset.clips import Clip
 from dataset.video import list_frames
+
+STRETCHED = 0.03  # how far fx / fy may be from 1 before a person should know
+
+log = logging.getLogger(__name__)
 
 
 def read_clip_camera(clip: Clip) -> CameraPath:
@@ -40,6 +48,9 @@ def read_clip_camera(clip: Clip) -> CameraPath:
         num_frames=None if settings.fps else clip.num_source_frames,
         frame_names=[file.name for file in list_frames(clip.source)] if clip.source.is_dir() else None,
     )
+    stretch = float(path.K[0, 0, 0] / path.K[0, 1, 1])
+    if abs(stretch - 1) > STRETCHED:
+        _warn_of_stretch(clip.camera.path, f"{stretch:.3f}", f"{crop.source_width}x{crop.source_height}")
     if path.pose_frame == "first" and settings.pose_frame == "scene":
         raise InputError(
             f'{clip.camera.path}: expected coordinates of one place, which pose_frame = "scene" says, found a file of '
@@ -81,3 +92,11 @@ def _at_frames(path: CameraPath, clip: Clip) -> CameraPath:
             f"camera_fps {camera_fps:g}"
         )
     return path.resampled(times, fps=clip.fps)
+
+
+@functools.cache  # once for a file, not for each of its clips
+def _warn_of_stretch(file: Path, stretch: str, size: str) -> None:
+    log.warning(
+        f"{file}: fx / fy is {stretch} in frames of {size}, where lenses have 1; the file was probably made for frames "
+        "of another aspect, and its field of view is wrong along one side"
+    )
