@@ -64,7 +64,7 @@ class Rig:
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """A motion of its own, started from any camera; the base of all moves below, and itself the move that holds."""
+    """A motion that starts from any camera; the base of all moves below."""
 
     ease: Ease = "linear"
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from camera.moves import make_path
+from camera.path import CameraPath
 from camera.presets import FAMILIES, PRESETS, find_preset
 from core.errors import InputError
 
@@ -24,11 +25,11 @@ VIDEOX_LAST_W2C = {
     "ACW": (0, 0, 0),
     "CW": (0, 0, 0),
 }
-# The first and the last but one rotation of ACW.txt, w2c, first two rows' first two numbers.
+# Frames 1 and 80 of ACW.txt: the first two numbers of the w2c rotation.
 ACW_SECOND, ACW_LAST = (0.9999164298554373, -0.012928004685808521), (0.5111541954058733, -0.8594890275733451)
 
 
-def make(name: str, num_frames: int = 81, height: int = 480, width: int = 832):  # noqa: ANN201
+def make(name: str, num_frames: int = 81, height: int = 480, width: int = 832) -> CameraPath:
     return make_path(f"preset {name}", num_frames=num_frames, height=height, width=width)
 
 
