@@ -50,13 +50,13 @@ def variant(request, world, tmp_path, monkeypatch) -> WanVariant:
     return variant
 
 
-def film(world, tmp_path, name: str, path: int, **options) -> torch.Tensor:
-    """A video along one of the world's paths, float [T, H, W, 3]."""
+def film(world, tmp_path, name: str, **options) -> torch.Tensor:
+    """A video, float [T, H, W, 3]."""
     settings = {
         "dataset_config": world.toml,
         "prompt": "a room",
         "video_size": (32, 48),
-        "camera_params": world.folder / f"cameras/{path:04d}.txt",
+        "video_length": 5,
         "mixed_precision": "no",
         "infer_steps": 2,
         "device": "cpu",
@@ -67,8 +67,9 @@ def film(world, tmp_path, name: str, path: int, **options) -> torch.Tensor:
 
 
 def test_a_model_follows_a_path_without_network_and_without_first_frame(variant, world, tmp_path):
-    one, other = film(world, tmp_path, "one", 0), film(world, tmp_path, "other", 1)
-    still = film(world, tmp_path, "still", 0, camera_params=None, video_length=5)
+    one = film(world, tmp_path, "one", camera_path="pan right 40deg")
+    other = film(world, tmp_path, "other", camera_path="dolly in 0.5")
+    still = film(world, tmp_path, "still")
     assert one.shape == other.shape == still.shape == (5, 32, 48, 3)
     assert not torch.equal(one, other)
     assert not torch.equal(one, still)
@@ -99,11 +100,15 @@ def test_caches_training_and_generation(variant, world, tmp_path):
 
     (image,) = write_frames(torch.full((1, 48, 48, 3), 90, dtype=torch.uint8), tmp_path / "image_%d.png")
     networks = {"network_weights": tuple(f for f in sorted(weights.glob("net*.safetensors")) if f not in cameras)}
-    one = film(world, tmp_path, "one", 0, image_path=image, **networks)
-    other = film(world, tmp_path, "other", 1, image_path=image, **networks)
-    base = film(world, tmp_path, "base", 0, image_path=image)
+    paths = [world.folder / f"cameras/{index:04d}.txt" for index in range(2)]
+    one = film(world, tmp_path, "one", camera_params=paths[0], image_path=image, **networks)
+    other = film(world, tmp_path, "other", camera_params=paths[1], image_path=image, **networks)
+    unknown = film(world, tmp_path, "unknown", camera_params=paths[0], **networks)
+    assert one.shape == (5, 32, 48, 3)
     assert not torch.equal(one, other)
-    assert not torch.equal(one, base)
+    assert not torch.equal(one, unknown)
+    with pytest.raises(InputError, match='expected pose frame "first"'):  # what the model alone was taught
+        film(world, tmp_path, "base", camera_params=paths[0], image_path=image)
 
 
 def test_only_models_with_an_adapter_can_train_it(world):
