@@ -31,7 +31,7 @@ class Options:
     skip_existing: bool = False
     """Leave caches alone that are current: same camera file, same crop, same conventions, same estimator."""
     estimate: bool = False
-    """Estimate the cameras of data sets with estimate_camera = true, from their frames (5 to 60 s a clip)."""
+    """Estimate the cameras of data sets with estimate_camera = true, from their frames (from 10 s a clip up)."""
     mapper: Literal["incremental", "global"] = "incremental"
     """For --estimate: add frame after frame, or solve for all at once (slower; for clips that the first loses)."""
     seed: int = 0

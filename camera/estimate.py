@@ -29,9 +29,9 @@ MAPPERS: tuple[Mapper, ...] = ("incremental", "global")
 
 ESTIMATOR = "1"  # of the settings below and in `_mapper_options`; a change that moves paths raises it
 
-# Frames are searched at this size at most: a 1920x1080 frame costs nine times a 640x360 one and gives no better path.
+# Frames are searched at this size at most: time grows with the pixels, and a path seldom needs finer points.
 MAX_SIDE_PIXELS = 1024
-# Matching costs the square of it. 320x192 gives 800 to 1,300 points, 1024x576 more than it needs.
+# Matching costs the square of it. A textured frame of 320x192 gives 800 to 1,600 points, far below.
 MAX_FEATURES = 4096
 # Frames matched with each of the next 10, and with those 16, 32, ... later: long tracks are what holds positions.
 OVERLAP = 10
@@ -98,7 +98,7 @@ def estimate_path(
 ) -> EstimatedPath:
     """Find the camera of every frame of a clip.
 
-    Costs about 5 s on one core for 25 frames of 320x192, and 0.5 s more for each frame of 1280x720.
+    Costs 15 to 30 s on one busy core for 25 frames of 320x192, about half of it for finding and matching points.
 
     Args:
         frames: RGB, uint8, each [H, W, 3], at least 3 of one size; an array [T, H, W, 3], or what yields frames.
