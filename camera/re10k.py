@@ -69,8 +69,8 @@ def write_re10k(path: CameraPath, file: Path | str, *, header: str = "") -> None
     Args:
         path: any pinhole path. Timestamps are microseconds by its fps, all 0 where it has none.
         file: to be written.
-        header: the first line, for instance the clip's address. The notes of the path (pose frame, scale rule, fps, mean
-            depth) follow it as comments in the same line, which other readers of the format skip.
+        header: the first line, for instance the clip's address. The notes of the path (pose frame, scale rule, fps,
+            mean depth) follow it as comments in the same line, which other readers of the format skip.
     """
     K = normalised_intrinsics(path)  # [T, 4]
     w2c = inverse_poses(path.c2w)[:, :3].flatten(1)  # [T, 12]
