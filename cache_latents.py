@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from core.options import parse_options, run
 
@@ -66,7 +66,7 @@ def main(options: Options) -> None:
     clips = list_clips(config, spatial_stride=variant.spatial_stride, temporal_stride=variant.vae.stride[0])
 
     encoder = fingerprint(files.vae)
-    needs = {
+    needs: dict[str, Any] = {
         "condition_channels": variant.dit.condition_channels,
         "image_context": variant.image_encoder is not None,
     }

@@ -9,8 +9,8 @@ The result is added to the tokens after the patch embedding. Parameter names are
 
 It is large, because its 3 x 3 kernels join all channels with all: 503,331,840 parameters for D = 5120 (per expert), 245
 million for the 5B model, 52 million for D = 1536. Frozen in bf16 that is 1 GB per expert of D = 5120. Trained in
-float32 it is 2 GB of weights, 2 GB of gradients and 4 GB of AdamW's moments (1 GB in 8 bits). One forward costs 3 to
-4 % of the transformer's.
+float32 it is 2 GB of weights, 2 GB of gradients and 4 GB of AdamW's moments (1 GB in 8 bits). At 81 frames of
+480 x 832 a forward is 33 TFLOP, 2 % of the transformer's 1,800.
 
 Activations are kept small instead: latent frames do not see each other here, so they go through a few at a time and are
 computed again in backward. Without that, the folded rays of 81 frames of 480 x 832 alone would be 0.8 GB.
@@ -85,7 +85,8 @@ class ControlAdapter(nn.Module):
         with torch.autocast(rays.device.type, enabled=False):
             batch = rays.shape[0]
             x = F.pixel_unshuffle(rearrange(rays.float(), "b c f h w -> (b f) c h w"), self.downscale)
-            x = F.conv2d(x, self.conv.weight.float(), self.conv.bias.float(), stride=2)  # [B f, D, h, w]
+            weight, bias = (parameter.float() for parameter in self.conv.parameters())
+            x = F.conv2d(x, weight, bias, stride=2)  # [B f, D, h, w]
             for block in self.residual_blocks:
                 x = block(x)
         return rearrange(x, "(b f) d h w -> b f h w d", b=batch)
@@ -112,9 +113,11 @@ def zero_start(adapter: ControlAdapter, generator: torch.Generator | None = None
     relu(conv1(0)) is the positive part of conv1's bias. From the second step on conv2 is no longer zero and `conv1` has
     a gradient as well. Were conv1's bias zero, conv1 would stand still for one step longer.
     """
-    for parameter in (*adapter.conv.parameters(), *adapter.residual_blocks[0].conv2.parameters()):
+    block = adapter.residual_blocks[0]
+    assert isinstance(block, ResidualBlock)
+    for parameter in (*adapter.conv.parameters(), *block.conv2.parameters()):
         nn.init.zeros_(parameter)
-    conv1 = adapter.residual_blocks[0].conv1
+    conv1 = block.conv1
     bound = (9 * conv1.in_channels) ** -0.5  # 1 / sqrt(fan in), as nn.Conv2d draws them
-    nn.init.uniform_(conv1.weight, -bound, bound, generator=generator)
-    nn.init.uniform_(conv1.bias, -bound, bound, generator=generator)
+    for parameter in conv1.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
