@@ -73,6 +73,7 @@ class Options:
 if __name__ == "__main__":
     OPTIONS = parse_options(Options, __doc__)
 
+import torch
 from tqdm import tqdm
 
 from benchmarks.mechanisms.runs import BASE, Run, Training, prepare, train_and_score
@@ -85,6 +86,7 @@ from networks.camera_encoders import INJECTIONS
 
 
 def main(options: Options) -> None:
+    torch.set_num_threads(1)  # the work is in processes of one thread each
     for name in options.mechanisms:
         if name not in (*INJECTIONS, BASE):
             raise InputError(

@@ -74,7 +74,10 @@ class TrainingSet:
         self.clips = tuple(clips)
         self.need_camera, self.image_context = need_camera, image_context
         self.condition_channels = condition_channels
-        self.pose_frame, self.scale_rule = _common_camera(self.clips) if need_camera else (None, None)
+        self.pose_frame: str | None = None
+        self.scale_rule: str | None = None
+        if need_camera:
+            self.pose_frame, self.scale_rule = _common_camera(self.clips)
         self.vae = vae or cache.cached_encoder(self.clips[0], "latents")
         self.text_encoder = text_encoder or cache.cached_encoder(self.clips[0], "text")
         flaws = [flaw for clip in self.clips if (flaw := self._flaw(clip, latent_channels, context_width))]

@@ -42,7 +42,7 @@ class WholeClip:
     """
 
     def __init__(self, network: AutoencoderKLWan, norm_silu: Callable[[Tensor, Tensor], Tensor] = _norm_silu) -> None:
-        self.network = network
+        self.network: Any = network  # diffusers declares none of its parts
         self.norm_silu = norm_silu
 
     def encode(self, video: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ import torch
 from einops import rearrange
 from scipy.spatial.transform import Rotation
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks.mechanisms.worlds import HEIGHT, WIDTH, World, stacked, test_cases
 from core.errors import InputError
-from core.files import atomic_path, read_safetensors
+from core.files import atomic_path, read_safetensors, save_safetensors
 from core.model_files import ModelFiles, resolve_model
 from dataset.config import read_dataset_config
 from dataset.video import write_video
@@ -90,6 +91,23 @@ def prepare(world: World, work: Path) -> None:
     )
     for cache in ("latents", "text", "camera"):
         command(f"cache_{cache}.py", "--dataset_config", folder / "dataset.toml", "--skip_existing")
+    candidates_of(world, work)
+
+
+def candidates_of(world: World, work: Path) -> Tensor:
+    """Renderings of every test video's eight paths, its own first: uint8 [videos, 8, T, H, W, 3]. Made once."""
+    file = work / world.name / "candidates.safetensors"
+    if not file.exists():
+        videos: dict[int, Tensor] = {}  # by path: test videos of one room share their paths
+        cases = []
+        for case in tqdm(test_cases(world), desc="candidates", unit="video"):
+            renderer = Renderer(make_scene(case.scene), HEIGHT)
+            for path in (case.asked, *case.others):
+                if id(path) not in videos:
+                    videos[id(path)] = renderer(path)
+            cases.append(torch.stack([videos[id(path)] for path in (case.asked, *case.others)]))
+        save_safetensors({"candidates": torch.stack(cases)}, file, {})
+    return read_safetensors(file)[0]["candidates"]
 
 
 def train_and_score(run: Run) -> None:
@@ -176,6 +194,7 @@ def score(run: Run) -> dict[str, object]:
             sampling=Sampling(steps=variant.steps, shift=variant.shift),
         )
         videos += frames_of(WholeClip(vae.network).decode(latents))
+    rendered = candidates_of(run.world, run.work)
     scored = []
     order = sorted(range(len(cases)), key=lambda number: cases[number].scene)  # a bank of views serves one room
     for number in order:
@@ -184,7 +203,7 @@ def score(run: Run) -> dict[str, object]:
             finders.clear()
             finders[case.scene] = PathFinder(Renderer(make_scene(case.scene), HEIGHT))
         finder = finders[case.scene]
-        candidates = torch.stack([finder.renderer(path) for path in (case.asked, *case.others)])
+        candidates = rendered[number]
         start_pose = case.asked.c2w[0] if run.world.pose_frame == "first" else None
         found = {
             "video": number,
