@@ -181,9 +181,7 @@ def test_a_lora_of_another_tool_leaves_the_models_camera_in_place() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(
-        InputError, match="--train_control_adapter: expected a model with a camera adapter .* i2v-"
-    ):
+    with pytest.raises(InputError, match="--train_control_adapter: expected a model with a camera adapter .* i2v-"):
         make_network(make_dit(VARIANTS["I2V"]), VARIANTS["I2V"], **TRAIN)
     with pytest.raises(InputError, match="fun-camera-A14B hears a camera, .* train networks.lora_camera"):
         lora.create_network(make_dit(A14B), variant=A14B, expert="low", rank=4, alpha=2.0, network_args={})
