@@ -40,6 +40,8 @@ from wan_ext.whole_vae import WholeClip
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "none"
 """The mechanism that is none: a LoRA alone, trained on the same clips for the same steps."""
+SHARE_OF_RATE = {"plucker": 0.1}
+"""Of the camera's learning rate, where the whole of it does not train: the loss of the convolutions diverges."""
 FILMED_AT_ONCE = 10
 RECOVERED = 2
 """The camera of every second video is recovered from it: that takes longer than to film it."""
@@ -144,7 +146,7 @@ def train(run: Run) -> None:
     network: tuple[object, ...] = ("--network_module", "networks.lora")
     if run.mechanism != BASE:
         network = ("--network_module", "networks.lora_camera", "--network_args", f"injection={run.mechanism}")
-        network += (f"camera_lr={training.camera_learning_rate:g}",)
+        network += (f"camera_lr={training.camera_learning_rate * SHARE_OF_RATE.get(run.mechanism, 1.0):g}",)
     command(
         "train_network.py",
         *("--dataset_config", run.dataset, *network),
