@@ -115,7 +115,9 @@ def main(options: Options) -> None:
                 seed=options.seed,
             )
     if "evaluate" in options.stages:
-        evaluate_stage(options.output, options.work, scale=options.guidance_scale, seed=options.seed)
+        evaluate_stage(
+            options.output, options.i2v_output, options.work, scale=options.guidance_scale, seed=options.seed
+        )
 
 
 if __name__ == "__main__":

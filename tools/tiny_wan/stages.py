@@ -16,6 +16,7 @@ from tools.tiny_wan.clips import held_out_clips, to_video, training_clips
 from tools.tiny_wan.dit import Material, generate, train_dit
 from tools.tiny_wan.text import train_text_encoder
 from tools.tiny_wan.vae import encode_all, encode_first_frames, evaluate_vae, train_vae
+from wan_ext.condition import first_frame_condition, first_frame_video
 from wan_ext.configs import Expert, get_variant
 from wan_ext.dit import WanDiT
 from wan_ext.loading import load_dit, save_dit
@@ -138,8 +139,9 @@ def trained_in(work: Path, name: str, *, advice: str) -> WanDiT:
     return dit
 
 
-def evaluate_stage(output: Path, work: Path, *, scale: float | None, seed: int) -> None:
-    """Print the VAE's figures; write contact sheets of reconstructions and of clips generated from captions alone."""
+def evaluate_stage(output: Path, i2v_output: Path, work: Path, *, scale: float | None, seed: int) -> None:
+    """Print the VAE's figures; write contact sheets of reconstructions, and of clips generated from captions alone and
+    from captions and first frames."""
     vae, text = vae_in(output), text_encoder_in(output)
     quality = evaluate_vae(vae)
     print(
@@ -153,9 +155,15 @@ def evaluate_stage(output: Path, work: Path, *, scale: float | None, seed: int) 
         expert: load_dit(output / folder, VARIANT, dtype=torch.float32) for expert, folder in EXPERT_FOLDERS.items()
     }
     contact_sheet(work / "generated.png", vae, text, experts, seed=seed, scale=scale)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"all files of {output}: {size / 1e6:.1f} MB")
-    print(f"look at {work / 'vae.png'} (clip above its reconstruction) and {work / 'generated.png'}")
+    experts = {
+        expert: load_dit(i2v_output / folder, I2V_VARIANT, dtype=torch.float32)
+        for expert, folder in EXPERT_FOLDERS.items()
+    }
+    i2v_contact_sheet(work / "continued.png", vae, text, experts, seed=seed)
+    for folder in (output, i2v_output):
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        print(f"all files of {folder}: {size / 1e6:.1f} MB")
+    print(f"look at {work}: vae.png (clip above its reconstruction), generated.png and continued.png")
 
 
 def contact_sheet(
@@ -165,6 +173,25 @@ def contact_sheet(
     context, empty = contexts(text, [caption(make_scene(scene)) for scene in range(SHEET_SCENES)])
     shape = (VARIANT.dit.out_dim, 5, VARIANT.height // 8, VARIANT.width // 8)
     latents = generate(VARIANT, experts, context, empty, shape=shape, seed=seed, scale=scale)
+    save_sheet(vae.decode(latents), file)
+
+
+def i2v_contact_sheet(file: Path, vae: WanVAE, text: TextEncoder, experts: dict[Expert, WanDiT], *, seed: int) -> None:
+    """Continue the first frames of clips of the first held-out scenes, and write one row of frames for each."""
+    clips, captions = held_out_clips(SHEET_SCENES)
+    context, empty = contexts(text, captions)
+    known = torch.stack([first_frame_video(video[:, 0], video.shape[1]) for video in to_video(clips)])
+    condition = torch.stack([first_frame_condition(latents) for latents in vae.encode(known)])
+    latents = generate(
+        I2V_VARIANT,
+        experts,
+        context,
+        empty,
+        shape=tuple(condition[:, 4:].shape[1:]),
+        seed=seed,
+        scale=1.0,
+        condition=condition,
+    )
     save_sheet(vae.decode(latents), file)
 
 
