@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from camera.file_settings import Axes, CameraFileSettings, CameraFormat, Direction, FovAxis
+from camera.files.settings import Axes, CameraFileSettings, CameraFormat, Direction, FovAxis
 from core.options import parse_options, run
 
 
@@ -141,9 +141,9 @@ from dataset.video import read_image
 from evaluation.filming import decode_frames
 from memory.runners import BlockRunner, run_plain
 from memory.swap import SwappedBlocks, move_all_but
-from networks.camera_adapter import WAN_FUN_CONVENTIONS, RaysEncoder
 from networks.files import load_network, read_network_file
 from networks.guided import Conditions, GuidedExpert
+from networks.mechanisms.adapter import WAN_FUN_CONVENTIONS, RaysEncoder
 from networks.mixture import sample_latents
 from networks.requested_path import CameraRequest, requested_path, unused
 from networks.video_settings import Settings, leading_metadata, settle

@@ -39,9 +39,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks.camera_encoders import INJECTIONS, build_camera
-from networks.camera_features import CameraEncoder
-from networks.camera_settings import CameraSettings, read_camera_settings
+from networks.mechanisms.features import CameraEncoder
+from networks.mechanisms.registry import INJECTIONS, build_camera
+from networks.mechanisms.settings import CameraSettings, read_camera_settings
 from wan_ext.condition import CameraBranch, CameraCondition
 from wan_ext.configs import WanVariant, get_variant
 from wan_ext.dit import WanDiT

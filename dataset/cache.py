@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from camera.formats import camera_files
+from camera.files.formats import camera_files
 from camera.path import CameraPath
 from core.errors import InputError
 from core.files import fingerprint, read_safetensors, read_safetensors_header, save_safetensors, text_hash

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from camera.formats import read_camera_file
+from camera.files.formats import read_camera_file
 from camera.path import CameraPath
 from camera.scale import in_scale
 from core.errors import InputError

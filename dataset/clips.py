@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from camera.file_settings import CAMERA_SUFFIXES
-from camera.tagged_text import caption_of
+from camera.files.settings import CAMERA_SUFFIXES
+from camera.moves.tagged_text import caption_of
 from core.errors import InputError, listing, nearest
 from dataset.buckets import Crop, bucket_size, cover_crop
 from dataset.config import CameraSettings, DatasetConfig, DatasetSettings, FramesDataset, VideoDataset

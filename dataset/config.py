@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import toml
 
-from camera.file_settings import AXES, CAMERA_FORMATS, CAMERA_SUFFIXES, DIRECTIONS, FOV_AXES, CameraFileSettings
-from camera.file_settings import KEYS as SETTING_KEYS
+from camera.files.settings import AXES, CAMERA_FORMATS, CAMERA_SUFFIXES, DIRECTIONS, FOV_AXES, CameraFileSettings
+from camera.files.settings import KEYS as SETTING_KEYS
 from camera.scale import PER_CLIP, SCALE_RULES, parse_scale_rule
 from core.errors import InputError, nearest
 from dataset.extraction import EXTRACTIONS, Extraction

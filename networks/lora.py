@@ -16,8 +16,8 @@ from torch import Tensor
 
 from core.errors import InputError
 from networks.arguments import check_names, read_patterns
-from networks.camera_adapter import RaysEncoder
 from networks.lora_linear import LoRALinear, block_linears, inject_lora, merge_lora, remove_lora, select_linears
+from networks.mechanisms.adapter import RaysEncoder
 from networks.network import (
     Network,
     NetworkSettings,

@@ -1,7 +1,7 @@
 """`--network_module networks.lora_camera`: LoRA and a camera mechanism, trained together.
 
 --network_args injection=...           how the camera enters: see docs/mechanisms.md
-               camera_...=...          its choices: see networks/camera_settings.py
+               camera_...=...          its choices: see networks/mechanisms/settings.py
                camera_lr=1e-3          learning rate of the mechanism; that of the LoRA if not given
                include_patterns=...    which linears get a LoRA, by regular expressions over their names
                exclude_patterns=...
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from core.errors import InputError
 from networks.arguments import check_names, read_choice, read_patterns, read_positive
-from networks.camera_adapter import RaysEncoder
-from networks.camera_encoders import INJECTIONS, build_camera, default_injection
-from networks.camera_settings import OPTIONS, read_camera_settings
 from networks.lora_linear import LoRAAdapter
+from networks.mechanisms.adapter import RaysEncoder
+from networks.mechanisms.registry import INJECTIONS, build_camera, default_injection
+from networks.mechanisms.settings import OPTIONS, read_camera_settings
 from networks.network import (
     CAMERA_PREFIXES,
     Network,

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import InputError, listing
-from networks.camera_encoders import INJECTIONS
-from networks.camera_features import CameraEncoder
-from networks.camera_settings import CameraSettings, camera_settings_from_metadata
 from networks.lora_linear import (
     LoRAAdapter,
     block_linears,
@@ -21,6 +18,9 @@ from networks.lora_linear import (
     remove_lora,
     select_linears,
 )
+from networks.mechanisms.features import CameraEncoder
+from networks.mechanisms.registry import INJECTIONS
+from networks.mechanisms.settings import CameraSettings, camera_settings_from_metadata
 from wan_ext.condition import CameraBranch, CameraCondition
 from wan_ext.configs import Expert, WanVariant
 from wan_ext.control_adapter import PREFIX as ADAPTER_PREFIX

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from camera.conventions import in_conventions
-from camera.file_settings import CameraFileSettings
-from camera.formats import declared_pose_frame, read_camera_file
-from camera.moves import make_path
+from camera.files.formats import declared_pose_frame, read_camera_file
+from camera.files.settings import CameraFileSettings
+from camera.moves.text import make_path
 from camera.path import CameraPath
 from core.errors import InputError
 from networks.video_settings import Settings

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from tyro.conf import Positional, subcommand
 
-from camera.file_settings import Axes, CameraFileSettings, CameraFormat, Direction, FovAxis
+from camera.files.settings import Axes, CameraFileSettings, CameraFormat, Direction, FovAxis
 from core.options import parse_options, run
 
 COMMANDS = ("make", "convert", "inspect", "plot", "estimate")
@@ -153,13 +153,13 @@ if __name__ == "__main__":
 
 import torch
 
-from camera.formats import FORMATS, declared_pose_frame, read_camera_file, write_camera
-from camera.moves import make_path
+from camera.files.formats import FORMATS, declared_pose_frame, read_camera_file, write_camera
+from camera.moves.tagged_text import is_tagged, read_tagged
+from camera.moves.text import make_path
 from camera.path import CameraPath
 from camera.plausible import implausible, turn_between
 from camera.plots import plot_path
 from camera.scale import apply_scale
-from camera.tagged_text import is_tagged, read_tagged
 from core.errors import InputError
 
 

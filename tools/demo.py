@@ -43,7 +43,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from camera.formats import write_ten
+from camera.files.formats import write_ten
 from camera.path import CameraPath
 from camera.plots import plot_path
 from core.errors import InputError

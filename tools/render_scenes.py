@@ -60,7 +60,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from camera.formats import write_ten
+from camera.files.formats import write_ten
 from core.errors import InputError
 from core.files import atomic_path
 from dataset.video import write_video

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from camera.conventions import in_conventions
+from camera.moves.trajectories import smooth_random_path
 from camera.path import CameraPath
 from camera.scale import apply_scale
-from camera.trajectories import smooth_random_path
 from core.errors import InputError
 
 

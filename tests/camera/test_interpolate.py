@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from camera.moves.trajectories import orbit, pan, poses, smooth_random_path, truck
 from camera.path import CameraPath, rotation_error
-from camera.trajectories import orbit, pan, poses, smooth_random_path, truck
 from core.errors import InputError
 
 SIZE = {"height": 40, "width": 64}

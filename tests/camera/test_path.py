@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 
+from camera.moves.trajectories import orbit, poses, smooth_random_path
 from camera.path import CameraPath, intrinsics_from_fov, inverse_poses, rotation_error
 from camera.rays import pixel_directions
-from camera.trajectories import orbit, poses, smooth_random_path
 from core.errors import InputError
 
 

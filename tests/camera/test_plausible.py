@@ -8,11 +8,11 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from camera.moves import make_path
+from camera.moves.presets import PRESETS
+from camera.moves.text import make_path
+from camera.moves.trajectories import smooth_random_path
 from camera.path import CameraPath, intrinsics_from_fov
 from camera.plausible import implausible, turn_between
-from camera.presets import PRESETS
-from camera.trajectories import smooth_random_path
 
 
 def make(text: str, num_frames: int = 49, **options: object) -> CameraPath:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from camera.moves import make_path
+from camera.moves.text import make_path
+from camera.moves.trajectories import dolly, pan, smooth_random_path
 from camera.path import CameraPath
 from camera.plots import frustum, plot_path, time_panels, turn_degrees
-from camera.trajectories import dolly, pan, smooth_random_path
 
 FRAME = {"num_frames": 5, "height": 32, "width": 48}
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from camera.formats import read_camera
+from camera.files.formats import read_camera
+from camera.moves.trajectories import smooth_random_path
 from camera.path import CameraPath
 from camera.rays import fold_frames, pixel_directions, plucker_rays, scale_intrinsics, unfold_frames
-from camera.trajectories import smooth_random_path
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from camera.moves.trajectories import pan, smooth_random_path
 from camera.path import CameraPath
 from camera.scale import apply_scale, in_scale, parse_scale_rule
-from camera.trajectories import pan, smooth_random_path
 from core.errors import InputError
 
 RULES = ("max_norm", "first_step", "metric:0.01", "mean_depth")

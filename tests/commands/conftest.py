@@ -12,7 +12,7 @@ import cache_camera
 import cache_latents
 import cache_text
 import train_network
-from camera.formats import write_ten
+from camera.files.formats import write_ten
 from dataset.video import write_video
 from scenes.motion import film
 from scenes.render import render

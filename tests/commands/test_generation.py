@@ -9,8 +9,8 @@ import torch
 
 import cache_camera
 import generate
-from camera.formats import write_ten
-from camera.moves import make_path
+from camera.files.formats import write_ten
+from camera.moves.text import make_path
 from core.errors import InputError
 from core.files import read_safetensors, save_safetensors
 from dataset.video import read_frames

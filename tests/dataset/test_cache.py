@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_dataset import T5, VAE, camera_path, edit, latents, smooth_frames
 
-from camera.formats import write_ten
+from camera.files.formats import write_ten
 from core.errors import InputError
 from core.files import read_safetensors, save_safetensors
 from dataset import cache

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_dataset import FPS, VAE, T, camera_path, dot_frames, edit, latents, project
 
-from camera.formats import write_ten
+from camera.files.formats import write_ten
 from camera.scale import apply_scale
 from core.errors import InputError
 from core.files import read_safetensors

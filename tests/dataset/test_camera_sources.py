@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_dataset import HEIGHT, WIDTH, T, camera_path, dot_frames
 
-from camera.formats import write_camera
+from camera.files.formats import write_camera
 from core.errors import InputError
 from dataset import cache
 from dataset.cameras import read_clip_camera

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_dataset import FPS, HEIGHT, WIDTH, T, camera_path, dot_frames, project
 
-from camera.formats import write_re10k, write_ten
+from camera.files.formats import write_re10k, write_ten
 from core.errors import InputError
 from dataset.cameras import read_clip_camera
 from dataset.video import read_clip, write_frames

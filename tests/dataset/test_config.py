@@ -9,7 +9,7 @@ import toml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camera.formats import FORMATS
+from camera.files.formats import FORMATS
 from core.errors import InputError
 from dataset.config import KEYS, MODEL_KEYS, FramesDataset, VideoDataset, read_dataset_config
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_dataset import FPS, HEIGHT, WIDTH, T
 
-from camera.tagged_text import read_tagged
+from camera.moves.tagged_text import read_tagged
 from core.errors import InputError
 from dataset.cameras import read_clip_camera
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from camera.formats import write_ten
+from camera.files.formats import write_ten
+from camera.moves.trajectories import truck
 from camera.path import CameraPath, inverse_poses
-from camera.trajectories import truck
 from core.files import read_safetensors, save_safetensors
 from dataset.clips import Clip, list_clips
 from dataset.config import read_dataset_config

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from camera.trajectories import smooth_random_path
+from camera.moves.trajectories import smooth_random_path
 from memory.quant import QuantLinear
 from networks import lora, lora_camera
 from networks.network import Network

@@ -11,8 +11,8 @@ import torch
 from core.errors import InputError
 from core.files import read_safetensors
 from networks import lora, lora_camera
-from networks.camera_adapter import control_rays
 from networks.files import load_network, save_network
+from networks.mechanisms.adapter import control_rays
 from networks.network import Network
 from tests.networks.cases import VARIANTS, Clip, disturb, make_clip, make_dit, run, small
 from wan_ext.condition import CameraCondition

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.files import read_safetensors
-from networks.camera_encoders import INJECTIONS
 from networks.files import save_network
 from networks.inspection import inspect, lora_norm
 from networks.lora_linear import block_linears
 from networks.lora_names import diffusers_lora_key, parse_lora_key
+from networks.mechanisms.registry import INJECTIONS
 from tests.networks.cases import NETWORKS, VARIANTS, disturb, make_dit, make_network, small
 from tests.wan_ext.models import diffusers_names
 

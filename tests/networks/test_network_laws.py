@@ -6,7 +6,7 @@ import torch
 from core.errors import InputError
 from memory.runners import run_checkpointed
 from networks import lora, lora_camera
-from networks.camera_encoders import INJECTIONS
+from networks.mechanisms.registry import INJECTIONS
 from tests.networks.cases import (
     NETWORKS,
     VARIANTS,

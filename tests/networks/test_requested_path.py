@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from camera.file_settings import CameraFileSettings
-from camera.formats import write_re10k, write_ten
-from camera.moves import make_path
+from camera.files.formats import write_re10k, write_ten
+from camera.files.settings import CameraFileSettings
+from camera.moves.text import make_path
+from camera.moves.trajectories import smooth_random_path
 from camera.scale import apply_scale
-from camera.trajectories import smooth_random_path
 from core.errors import InputError
 from networks.requested_path import CameraRequest, requested_path, unused
 from networks.video_settings import settle

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from camera.formats import write_re10k
+from camera.files.formats import write_re10k
 from camera.path import CameraPath
 from dataset.buckets import Crop
 from dataset.cameras import read_clip_camera

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from camera.formats import read_camera, write_camera
-from camera.moves import make_path
-from camera.tagged_text import read_tagged
+from camera.files.formats import read_camera, write_camera
+from camera.moves.tagged_text import read_tagged
+from camera.moves.text import make_path
 from core.errors import InputError
 from core.options import run
 from tools.camera_path import Convert, Estimate, Inspect, Make, Plot, main, names_of, with_command

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.mechanism_sizes import CHOICES, measure, num_parameters, table
-from networks.camera_encoders import INJECTIONS, build_camera
-from networks.camera_settings import read_camera_settings
+from networks.mechanisms.registry import INJECTIONS, build_camera
+from networks.mechanisms.settings import read_camera_settings
 from wan_ext.configs import get_variant
 
 DOCS = Path(__file__).parents[2] / "docs" / "mechanisms.md"

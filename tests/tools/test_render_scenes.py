@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from camera.formats import read_camera
+from camera.files.formats import read_camera
 from core.errors import InputError
 from dataset.clips import list_clips
 from dataset.config import read_dataset_config
