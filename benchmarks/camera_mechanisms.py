@@ -4,14 +4,16 @@
     python benchmarks/camera_mechanisms.py --work bake_off --worlds scene --mechanisms plucker_light bias --seeds 1
 
 Every mechanism is trained on the embedded tiny Wan with the same clips, steps and seeds, both experts, next to a LoRA
-that hears no camera ("none"). Then each films 40 paths that it never saw, and the videos are measured:
+that hears no camera ("none") and to the model without any training ("base"). Then each films 40 paths that it never
+saw, and the videos are measured:
 
     top-1 of 8   the video is nearer (in pixels) to the rendering of its own path than to those of seven other paths
     RotErr       degrees between the asked camera and the one recovered from the video, mean over its frames
     TransErr     metres between them, likewise (rooms are 4 to 5 metres wide)
 
-Worlds: `scene`, the rooms of the training clips in their own coordinates; `first`, rooms never seen, whose first frame
-is given to the tiny I2V model, poses relative to it; `orbits`, as `scene`, trained without orbits, tested on orbits.
+Worlds: `scene`, two rooms, in whose coordinates clips and paths are; `place`, one of them, the winner trained for
+longer; `first`, rooms never seen, whose first frame is given to the tiny I2V model, poses relative to it; `orbits`, as
+`scene`, trained without orbits, tested on orbits.
 Results are written to --json, and as tables to --table, where the docs show them.
 """
 
@@ -46,14 +48,16 @@ MECHANISMS = (
 class Options:
     work: Path
     """Folder of clips, weights and results of single runs; what stands there is not done again."""
-    worlds: tuple[Literal["scene", "first", "orbits"], ...] = ("scene", "first", "orbits")
+    worlds: tuple[Literal["scene", "place", "first", "orbits"], ...] = ("scene", "place", "first", "orbits")
     """What to train and test on."""
     mechanisms: tuple[str, ...] = MECHANISMS
-    """For the world `scene`; the others take the winner of that table, or these if they are named."""
+    """For the world `scene`; the others take the winner of that table, or these where `scene` is not among them."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One run of each mechanism with each seed."""
+    """One run of each mechanism with each seed; outside of `scene` with the first one."""
     steps: int = 600
     """Training steps, of both experts together, in batches of 4."""
+    place_steps: int = 5000
+    """The same in the world `place`."""
     rank: int = 16
     """Of the LoRA."""
     learning_rate: float = 2e-3
@@ -76,35 +80,35 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from benchmarks.mechanisms.runs import BASE, Run, Training, prepare, train_and_score
+from benchmarks.mechanisms.runs import BASE, NONE, Run, Training, prepare, train_and_score
 from benchmarks.mechanisms.step_time import step_seconds
 from benchmarks.mechanisms.table import Row, best_of, summarise, write_table
 from benchmarks.mechanisms.worlds import WORLDS
 from core.errors import InputError, nearest
 from core.files import atomic_path
-from networks.camera_encoders import INJECTIONS
+from networks.mechanisms.registry import INJECTIONS
 
 
 def main(options: Options) -> None:
     torch.set_num_threads(1)  # the work is in processes of one thread each
     for name in options.mechanisms:
-        if name not in (*INJECTIONS, BASE):
+        if name not in INJECTIONS:
             raise InputError(
                 f"--mechanisms: expected some of {', '.join(INJECTIONS)}, found {name!r}{nearest(name, INJECTIONS)}"
             )
     chosen = options.mechanisms
     rows: dict[str, list[Row]] = {}
     for name in options.worlds:
-        if name != "scene" and options.mechanisms == MECHANISMS and "scene" in rows:
-            chosen = (best_of(rows["scene"]).mechanism,)
-        runs = run_world(options, name, (BASE, *(mechanism for mechanism in chosen if mechanism != BASE)))
+        runs = run_world(options, name, (BASE, *((NONE, *chosen) if name == "scene" else chosen)))
         rows[name] = summarise([json.loads(each.result_file.read_text()) for each in runs])
-    seconds = step_seconds([row.mechanism for row in rows[options.worlds[0]]])
+        if name == "scene":
+            chosen = (best_of(rows[name]).mechanism,)
+    seconds = step_seconds([row.mechanism for row in rows[options.worlds[0]] if row.mechanism != BASE])
     with atomic_path(options.json) as temporary:
         temporary.write_text(
             json.dumps(
                 {
-                    "training": vars(training_of(options)),
+                    "training": {name: vars(training_of(options, name)) for name in rows},
                     "worlds": {name: [vars(row) for row in found] for name, found in rows.items()},
                     "step_seconds_relative_to_none": seconds,
                 },
@@ -112,7 +116,7 @@ def main(options: Options) -> None:
             )
             + "\n"
         )
-    write_table(options.table, rows, training=training_of(options), seconds=seconds)
+    write_table(options.table, rows, trainings={name: training_of(options, name) for name in rows}, seconds=seconds)
     print(options.table.read_text())
 
 
@@ -121,10 +125,9 @@ def run_world(options: Options, name: str, mechanisms: tuple[str, ...]) -> list[
     world = WORLDS[name]
     prepare(world, options.work)
     runs = [
-        Run(world=world, mechanism=mechanism, seed=seed, training=training_of(options), work=options.work)
-        for seed in options.seeds
+        Run(world=world, mechanism=mechanism, seed=seed, training=training_of(options, name), work=options.work)
+        for seed in (options.seeds if name == "scene" else options.seeds[:1])
         for mechanism in mechanisms
-        if name == "scene" or mechanism != BASE or seed == options.seeds[0]
     ]
     todo = [each for each in runs if not each.result_file.exists()]
     spawned = multiprocessing.get_context("spawn")
@@ -139,10 +142,10 @@ def run_world(options: Options, name: str, mechanisms: tuple[str, ...]) -> list[
     return runs
 
 
-def training_of(options: Options) -> Training:
-    """What all runs have in common."""
+def training_of(options: Options, world: str) -> Training:
+    """What all runs in a world have in common."""
     return Training(
-        steps=options.steps,
+        steps=options.place_steps if world == "place" else options.steps,
         rank=options.rank,
         learning_rate=options.learning_rate,
         camera_learning_rate=options.camera_learning_rate,

@@ -38,13 +38,13 @@ from wan_ext.vae import WanVAE, load_vae
 from wan_ext.whole_vae import WholeClip
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = "none"
+BASE = "base"
+"""No mechanism and no training: the embedded model as it ships."""
+NONE = "none"
 """The mechanism that is none: a LoRA alone, trained on the same clips for the same steps."""
 SHARE_OF_RATE = {"plucker": 0.1}
 """Of the camera's learning rate, where the whole of it does not train: the loss of the convolutions diverges."""
 FILMED_AT_ONCE = 10
-RECOVERED = 2
-"""The camera of every second video is recovered from it: that takes longer than to film it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,8 @@ def train_and_score(run: Run) -> None:
         return
     torch.set_num_threads(1)
     started = time.perf_counter()
-    train(run)
+    if run.mechanism != BASE:
+        train(run)
     trained = time.perf_counter()
     scores = score(run)
     with atomic_path(run.result_file) as temporary:
@@ -144,7 +145,7 @@ def train(run: Run) -> None:
         return
     training = run.training
     network: tuple[object, ...] = ("--network_module", "networks.lora")
-    if run.mechanism != BASE:
+    if run.mechanism != NONE:
         network = ("--network_module", "networks.lora_camera", "--network_args", f"injection={run.mechanism}")
         network += (f"camera_lr={training.camera_learning_rate * SHARE_OF_RATE.get(run.mechanism, 1.0):g}",)
     command(
@@ -172,7 +173,8 @@ def score(run: Run) -> dict[str, object]:
     experts = {}
     for expert, path in zip(("high", "low"), weight_files(run), strict=True):
         dit = load_dit(files.dit_high_noise if expert == "high" else files.dit, variant, dtype=torch.float32)
-        experts[expert] = FilmingExpert(dit=dit, network=load_network(dit, path, variant=variant, expert=expert))
+        network = None if run.mechanism == BASE else load_network(dit, path, variant=variant, expert=expert)
+        experts[expert] = FilmingExpert(dit=dit, network=network)
     vae = load_vae(files.vae, variant.vae)
     contexts = context_of_scenes(run.world, variant, files)
     cases = test_cases(run.world)
@@ -213,7 +215,7 @@ def score(run: Run) -> dict[str, object]:
             "top1": closest(video, candidates) == 0,
             "psnr": psnr(video, candidates[0]),
         }
-        if (number + number // len(run.world.test_scenes)) % RECOVERED == 0:  # in every room
+        if (number + number // len(run.world.test_scenes)) % run.world.recovered == 0:  # in every room
             c2w, error = finder.recover(video, K=case.asked.K[0], start=start_pose)
             found |= camera_errors(c2w, case.asked.c2w) | {"alignment_error": error}
         scored.append(found)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.mechanisms.runs import BASE, ROOT
+from benchmarks.mechanisms.runs import NONE, ROOT
 from benchmarks.mechanisms.worlds import HEIGHT, WIDTH, WORLDS, stacked, test_cases
 from networks import lora, lora_camera
 from wan_ext.configs import get_variant
@@ -19,7 +19,7 @@ BATCH_SIZE, REPEATS, RANK = 4, 15, 16
 
 def step_seconds(mechanisms: Sequence[str]) -> dict[str, float]:
     """Time of forward and backward over that of a LoRA without camera, the median of the repeats' ratios."""
-    steps = {mechanism: _step(mechanism) for mechanism in dict.fromkeys((BASE, *mechanisms))}
+    steps = {mechanism: _step(mechanism) for mechanism in dict.fromkeys((NONE, *mechanisms))}
     times: dict[str, list[float]] = {mechanism: [] for mechanism in steps}
     for repeat in range(REPEATS + 1):
         for mechanism, step in steps.items():
@@ -28,7 +28,7 @@ def step_seconds(mechanisms: Sequence[str]) -> dict[str, float]:
             if repeat:  # the first one warms up
                 times[mechanism].append(time.perf_counter() - started)
     return {
-        mechanism: round(statistics.median(a / b for a, b in zip(taken, times[BASE], strict=True)), 3)
+        mechanism: round(statistics.median(a / b for a, b in zip(taken, times[NONE], strict=True)), 3)
         for mechanism, taken in times.items()
     }
 
@@ -37,7 +37,7 @@ def _step(mechanism: str) -> Callable[[], None]:
     """A step of the tiny model's high-noise expert with a mechanism."""
     variant = get_variant("tiny")
     dit = load_dit(ROOT / "assets" / "tiny-wan" / "high_noise_model", variant, dtype=torch.float32)
-    module, arguments = (lora, {}) if mechanism == BASE else (lora_camera, {"injection": mechanism})
+    module, arguments = (lora, {}) if mechanism == NONE else (lora_camera, {"injection": mechanism})
     network = module.create_network(
         dit, variant=variant, expert="high", rank=RANK, alpha=RANK, network_args=arguments, pose_frame="scene"
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mechanisms.runs import BASE, Training
+from benchmarks.mechanisms.runs import BASE, NONE, Training
 from benchmarks.mechanisms.worlds import CANDIDATES, WORLDS
 from core.files import atomic_path
 
@@ -64,26 +64,28 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[Row]:
 def best_of(rows: Sequence[Row]) -> Row:
     """The mechanism that most videos follow; of equals, the one with the least rotation error."""
     return max(
-        (row for row in rows if row.mechanism != BASE), key=lambda row: (round(row.top1, 4), -row.rotation_degrees)
+        (row for row in rows if row.mechanism not in (BASE, NONE)),
+        key=lambda row: (round(row.top1, 4), -row.rotation_degrees),
     )
 
 
 def write_table(
-    file: Path, rows: Mapping[str, Sequence[Row]], *, training: Training, seconds: Mapping[str, float]
+    file: Path, rows: Mapping[str, Sequence[Row]], *, trainings: Mapping[str, Training], seconds: Mapping[str, float]
 ) -> None:
     """The page of the docs."""
+    training = next(iter(trainings.values()))
     lines = [
         "# Mechanisms, measured",
         "",
         "Printed by `python benchmarks/camera_mechanisms.py --work bake_off`; its first lines say what each figure is.",
-        f"Both experts of the embedded tiny model, LoRA rank {training.rank}, {training.steps} steps of 4 clips for",
-        f"both together, learning rate {training.learning_rate:g}",
-        f"(camera {training.camera_learning_rate:g}), 17 frames of 64x96; chance for top-1 is {1 / CANDIDATES:.1%}. "
-        "`none` is a LoRA without a camera, trained alike.",
+        f"Both experts of the embedded tiny model, LoRA rank {training.rank}, 4 clips of 17 frames of 64x96 a step,",
+        f"learning rate {training.learning_rate:g}, of the camera {training.camera_learning_rate:g} (`plucker`: a tenth).",
+        f"Chance for top-1 is {1 / CANDIDATES:.1%}. `base` is the model without any training, `none` a LoRA without a camera,",
+        "trained like the others.",
     ]
     for name, found in rows.items():
         world = WORLDS[name]
-        best = best_of(found).mechanism if any(row.mechanism != BASE for row in found) else ""
+        best = best_of(found).mechanism if any(row.mechanism not in (BASE, NONE) for row in found) else ""
         lines += ["", f"## {HEADINGS[name]}", "", EXPLANATIONS[name], ""]
         lines += [
             "| mechanism | top-1 of 8 | by seed | RotErr (deg) | TransErr (m) | PSNR (dB) | camera parameters | step |",
@@ -97,18 +99,25 @@ def write_table(
                 f"| {label} | {row.top1:.1%} | {by_seed} | {row.rotation_degrees:.2f} | {row.position_metres:.3f} | "
                 f"{row.psnr:.2f} | {row.parameters:,} | {step} |"
             )
-        lines += ["", f"{found[0].videos} videos a row ({found[0].seeds} seeds of {world.videos}); medians."]
-    lines += ["", "`step`: time of a training step over that of `none`, in turns within one process, median.", ""]
+        lines += ["", f"{trainings[name].steps} steps of both experts together; {world.videos} videos a seed."]
+    lines += [
+        "",
+        "`step`: time of a training step over that of `none`, in turns within one process, median.",
+        "RotErr and TransErr: medians over the videos.",
+        "",
+    ]
     with atomic_path(file) as temporary:
         temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
 HEADINGS = {
+    "place": "One room, trained for longer",
     "scene": "Unseen paths through the rooms of the training clips",
     "first": "Rooms never seen, from their first frame",
     "orbits": "A kind of motion never seen",
 }
 EXPLANATIONS = {
+    "place": "Pose frame `scene`, one room, 80 clips: what a LoRA of a captured place is.",
     "scene": "Pose frame `scene`: the camera file says where to stand in a captured place. Two rooms, 80 clips each.",
     "first": "Pose frame `first`: the camera file says how to move. The tiny I2V model, trained on 160 rooms with two "
     "clips each, films 40 other rooms; the eight candidates start from the same first view.",

@@ -31,6 +31,8 @@ class World:
     test_moves: tuple[str, ...]
     videos: int = 40
     """Test videos, shared out among the test scenes in turn."""
+    recovered: int = 2
+    """The camera of every second video is recovered from it (of every one: 1); that takes longer than to film it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,18 @@ WORLDS = {
             test_moves=MOVES,
         ),
         World(
+            name="place",
+            task="tiny",
+            pose_frame="scene",
+            first_scene=100,
+            scenes=1,
+            clips_per_scene=80,
+            moves=MOVES,
+            test_scenes=(100,),
+            test_moves=MOVES,
+            recovered=1,
+        ),
+        World(
             name="first",
             task="tiny-i2v",
             pose_frame="first",
@@ -80,7 +94,8 @@ WORLDS = {
         ),
     )
 }
-"""`scene`: the rooms of the training clips, in their coordinates. `first`: rooms never seen, their first frame given.
+"""`scene`: the rooms of the training clips, in their coordinates. `place`: one of them, for a long training.
+`first`: rooms never seen, their first frame given.
 `orbits`: as `scene`, trained without orbits and tested on them."""
 
 
