@@ -79,9 +79,9 @@ def write_table(
         "",
         "Printed by `python benchmarks/camera_mechanisms.py --work bake_off`; its first lines say what each figure is.",
         f"Both experts of the embedded tiny model, LoRA rank {training.rank}, 4 clips of 17 frames of 64x96 a step,",
-        f"learning rate {training.learning_rate:g}, of the camera {training.camera_learning_rate:g} (`plucker`: a tenth).",
-        f"Chance for top-1 is {1 / CANDIDATES:.1%}. `base` is the model without any training, `none` a LoRA without a camera,",
-        "trained like the others.",
+        f"learning rate {training.learning_rate:g}, camera {training.camera_learning_rate:g} (`plucker`: a tenth).",
+        f"Chance for top-1 is {1 / CANDIDATES:.1%}. `base` is the model without any training,",
+        "`none` a LoRA without a camera, trained like the others.",
     ]
     for name, found in rows.items():
         world = WORLDS[name]
