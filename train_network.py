@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib import import_module
@@ -40,7 +41,7 @@ class Options:
     dit_high_noise: Path | None = None
     """The high-noise expert."""
     vae: Path | None = None
-    """Only to check that the latent caches were written with this VAE; not loaded."""
+    """To check that the latent caches were written with this VAE; loaded only to validate the camera."""
     t5: Path | None = None
     """Only to check that the text caches were written with this encoder; not loaded."""
     experts: Literal["both", "high", "low"] = "both"
@@ -136,6 +137,14 @@ class Options:
     logging_dir: Path = Path("logs")
     """Folder of the curves."""
 
+    # ---- does it follow the camera? -------------------------------------------------------------------------------
+    validate_camera_every: int | None = None
+    """Every n steps and at the end: film held-out paths, recover their cameras, log the errors (docs/measuring.md)."""
+    validation_config: Path | None = None
+    """Dataset TOML of held-out clips with all their caches."""
+    validate_camera_estimator: Literal["sfm", "render"] = "sfm"
+    """sfm: structure from motion. render: alignment with the room, for clips of tools/render_scenes.py."""
+
 
 if __name__ == "__main__":
     OPTIONS = parse_options(Options, __doc__)
@@ -146,6 +155,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from camera.path import CameraPath
 from core.errors import InputError, nearest
 from core.files import fingerprint
 from core.model_files import ModelFiles, resolve_model
@@ -153,6 +163,9 @@ from core.randomness import generator_for
 from dataset.batches import Batch, TrainingSet
 from dataset.clips import list_clips
 from dataset.config import read_dataset_config
+from evaluation.filming import FilmingExpert
+from evaluation.rooms import read_rooms, rooms_beside
+from evaluation.validation import CameraValidation, HeldOutClip
 from memory.runners import BlockRunner, run_checkpointed, run_plain
 from memory.swap import SwappedBlocks, move_all_but
 from networks.checkpoint import load_state, save_state
@@ -165,6 +178,7 @@ from wan_ext.configs import Expert, WanVariant, get_variant
 from wan_ext.dit import WanDiT
 from wan_ext.experts import expert_interval
 from wan_ext.loading import load_dit
+from wan_ext.vae import load_vae
 
 SAVE_DTYPES = {"float": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -240,6 +254,8 @@ def main(options: Options) -> None:
         condition_channels=variant.dit.condition_channels,
         image_context=variant.image_encoder is not None,
     )
+
+    held_out = held_out_clips(options, variant, training_set)
 
     @lru_cache(maxsize=2)
     def batches_of(epoch: int) -> list[tuple[int, ...]]:
@@ -334,6 +350,8 @@ def main(options: Options) -> None:
             )
             tqdm.write(f"saved {folder}")
 
+    validate = prepare_validation(options, files, variant, experts, held_out, device) if held_out else None
+
     # ---- the loop -------------------------------------------------------------------------------------------------
     smooth_loss: dict[str, float] = {}
     progress = tqdm(
@@ -390,6 +408,12 @@ def main(options: Options) -> None:
                 curves[f"lr/{group['name']}"] = group["lr"]
             accelerator.log(curves | {"seconds_per_step": time.perf_counter() - started}, step=step)
         done = step + 1
+        if (
+            validate
+            and accelerator.is_main_process
+            and (done % options.validate_camera_every == 0 or done == max_steps)
+        ):
+            accelerator.log(validate(done), step=step)
         if done < max_steps and options.save_every_n_steps and done % options.save_every_n_steps == 0:
             save(f"-step{done:08d}", done)
         elif done < max_steps and options.save_every_n_epochs:
@@ -412,11 +436,13 @@ def require_sensible(options: Options) -> None:
         raise InputError("--sdpa --flash_attn: expected one attention, found two")
     for name in (
         *("gradient_accumulation_steps", "max_train_steps", "max_train_epochs"),
-        *("save_every_n_steps", "save_every_n_epochs"),
+        *("save_every_n_steps", "save_every_n_epochs", "validate_camera_every"),
     ):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name}: expected at least 1, found {value}")
+    if (options.validate_camera_every is None) != (options.validation_config is None):
+        raise InputError("--validate_camera_every --validation_config: expected both or none, found one")
 
 
 def settle_model(options: Options, table: dict[str, str]) -> tuple[ModelFiles, WanVariant]:
@@ -433,7 +459,9 @@ def settle_model(options: Options, table: dict[str, str]) -> tuple[ModelFiles, W
                 f"{options.timestep_boundary} for {variant.name}"
             )
         variant = replace(variant, boundary=boundary)
-    needs = ["dit" if name == "low" else "dit_high_noise" for name in trained_experts(options, variant)]
+    names_needed = variant.experts if options.validate_camera_every else trained_experts(options, variant)
+    needs = ["dit" if name == "low" else "dit_high_noise" for name in names_needed]
+    needs += ["vae"] if options.validate_camera_every else []
     return resolve_model(flags, table=table, table_source=options.dataset_config, needs=needs), variant
 
 
@@ -471,9 +499,10 @@ def load_base(options: Options, path: Path, variant: WanVariant, device: torch.d
     )
 
 
-def place(options: Options, dit: WanDiT, network: Network, device: torch.device) -> BlockRunner:
+def place(options: Options, dit: WanDiT, network: Network | None, device: torch.device) -> BlockRunner:
     """Put model and network where they train, and say how the blocks run."""
-    network.to(device).train()
+    if network is not None:
+        network.to(device).train()
     if not options.blocks_to_swap:
         dit.to(device)
         return run_checkpointed if options.gradient_checkpointing else run_plain
@@ -482,6 +511,96 @@ def place(options: Options, dit: WanDiT, network: Network, device: torch.device)
     )
     move_all_but(dit, dit.blocks, device)
     return run_blocks
+
+
+def held_out_clips(options: Options, variant: WanVariant, training_set: TrainingSet) -> list[HeldOutClip]:
+    """What --validation_config names, its caches verified; nothing where no validation is asked for."""
+    if options.validation_config is None:
+        return []
+    if training_set.pose_frame is None:
+        raise InputError(f"--validate_camera_every: {options.network_module} hears no camera; leave it out")
+    held_out = TrainingSet(
+        list_clips(
+            read_dataset_config(options.validation_config),
+            spatial_stride=variant.spatial_stride,
+            temporal_stride=variant.vae.stride[0],
+        ),
+        need_camera=True,
+        vae=training_set.vae,
+        text_encoder=training_set.text_encoder,
+        latent_channels=variant.vae.z_dim,
+        context_width=variant.dit.text_dim,
+        condition_channels=variant.dit.condition_channels,
+        image_context=variant.image_encoder is not None,
+    )
+    frame, rule = (held_out.pose_frame, held_out.scale_rule), (training_set.pose_frame, training_set.scale_rule)
+    if frame != rule:
+        raise InputError(
+            f"{options.validation_config}: expected pose frame and scale of the training data, {rule}, found {frame}"
+        )
+    clips = []
+    for index, clip in enumerate(held_out.clips):
+        batch = held_out.load([index])
+        assert batch.c2w is not None and batch.K is not None
+        rooms = rooms_beside(clip.source.parent)
+        knows_first = variant.image_conditioning in ("first_frame", "channels_and_first_frame")
+        clips.append(
+            HeldOutClip(
+                name=f"{index:03d}_{clip.source.stem}",
+                asked=CameraPath(
+                    c2w=batch.c2w[0],
+                    K=batch.K[0],
+                    height=batch.height,
+                    width=batch.width,
+                    fps=clip.fps,
+                    pose_frame=held_out.pose_frame,  # type: ignore[arg-type]  # one of the two, from CameraPath itself
+                    scale_rule=held_out.scale_rule or "none",
+                ),
+                context=batch.context,
+                condition=batch.condition,
+                image_context=batch.image_context,
+                first_latents=batch.latents[:, :, :1] if knows_first else None,
+                room=None if rooms is None else read_rooms(rooms).get(clip.source.stem),
+            )
+        )
+    return clips
+
+
+def prepare_validation(
+    options: Options,
+    files: ModelFiles,
+    variant: WanVariant,
+    experts: list[TrainedExpert],
+    clips: list[HeldOutClip],
+    device: torch.device,
+) -> Callable[[int], dict[str, float]]:
+    """What films and scores the held-out clips after a step. The expert that is not trained runs as the base does."""
+    filming = {e.name: FilmingExpert(dit=e.dit, network=e.network, run_blocks=e.run_blocks) for e in experts}
+    for name in variant.experts:
+        if name not in filming:
+            dit = load_base(options, files.dit_high_noise if name == "high" else files.dit, variant, device)
+            filming[name] = FilmingExpert(dit=dit, run_blocks=place(options, dit.requires_grad_(False), None, device))
+    validation = CameraValidation(
+        clips,
+        variant=variant,
+        vae=load_vae(files.vae, variant.vae),
+        estimator=options.validate_camera_estimator,
+        folder=options.output_dir / "validation",
+        seed=options.seed,
+        device=device,
+    )
+
+    def validate(step: int) -> dict[str, float]:
+        try:
+            curves = validation(filming, step)
+        except Exception as error:  # hours of training do not end because a measurement of it does
+            tqdm.write(f"validation at step {step} failed: {type(error).__name__}: {error}")
+            return {}
+        words = ", ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in curves.items())
+        tqdm.write(f"validation at step {step}: {words}")
+        return curves
+
+    return validate
 
 
 def draw_expert(experts: list[TrainedExpert], *, seed: int, step: int) -> TrainedExpert:

@@ -71,9 +71,7 @@ class Renderer:
         ]
         return (torch.cat(frames) * 255).round().clamp(0, 255).to(torch.uint8)
 
-    def views(
-        self, c2w: Tensor, K: Tensor, *, height: int, width: int, supersample: int = 1
-    ) -> tuple[Tensor, Tensor]:
+    def views(self, c2w: Tensor, K: Tensor, *, height: int, width: int, supersample: int = 1) -> tuple[Tensor, Tensor]:
         """What cameras see, unrounded, and how far it is.
 
         Args:

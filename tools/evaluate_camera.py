@@ -10,7 +10,6 @@ and counted. docs/measuring.md says what the numbers mean.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +53,12 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from camera.formats import read_camera
+from camera.files.formats import read_camera
 from camera.path import CameraPath
 from core.errors import InputError, listing
 from dataset.video import VIDEO_SUFFIXES, probe, read_frames
 from evaluation.estimators import Estimator, RenderEstimator, SfmEstimator
+from evaluation.rooms import read_rooms, rooms_beside
 from evaluation.score import Comparison, VideoScore, plot_recovered, score_video, write_scores
 from scenes.align import PathFinder
 from scenes.render import Renderer
@@ -153,17 +153,13 @@ def room_seeds(options: Options, videos: list[Path]) -> dict[str, int]:
         return {}
     if options.scene is not None:
         return {video.stem: options.scene for video in videos}
-    nearby = [folder / "scenes.json" for folder in (options.videos, options.videos.resolve().parent)]
-    file = options.scenes or next((file for file in nearby if file.exists()), None)
+    file = options.scenes or rooms_beside(options.videos)
     if file is None:
         raise InputError(
-            f"--scenes: expected the scenes.json of render_scenes.py, found none at {nearby[0]} or {nearby[1]}; name "
+            f"--scenes: expected the scenes.json of render_scenes.py, found none in {options.videos} or above it; name "
             "it, or give the room's seed with --scene"
         )
-    try:
-        rooms = {clip["name"]: int(clip["scene"]) for clip in json.loads(file.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: expected the list that render_scenes.py writes, cannot read it ({error})") from None
+    rooms = read_rooms(file)
     missing = [video.stem for video in videos if video.stem not in rooms]
     if missing:
         raise InputError(f"{file}: expected a scene for every video, found none for {listing(missing)}")

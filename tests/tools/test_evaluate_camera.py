@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from camera.formats import write_ten
+from camera.files.formats import write_ten
 from core.errors import InputError
 from dataset.video import write_video
 from evaluation import estimators
@@ -38,6 +38,13 @@ def options_for(world, **changes):
     return replace(options, **changes)
 
 
+class Unrendered:
+    """A renderer without textures."""
+
+    def __init__(self, scene, height) -> None:
+        self.scene = scene
+
+
 class Knowing:
     """A stand-in for the alignment that knows video 0's path and sees nothing in the others."""
 
@@ -52,6 +59,7 @@ class Knowing:
 
 def test_every_video_has_a_row(world, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_camera, "PathFinder", Knowing)
+    monkeypatch.setattr(evaluate_camera, "Renderer", Unrendered)
     evaluate_camera.main(options_for(world))
     content = json.loads((world / "out/camera.json").read_text())
     assert [video["name"] for video in content["videos"]] == ["0", "1"]
@@ -73,6 +81,7 @@ def test_a_known_start_reaches_the_alignment(world, monkeypatch):
             return super().recover(frames, K=K, start=start)
 
     monkeypatch.setattr(evaluate_camera, "PathFinder", Asked)
+    monkeypatch.setattr(evaluate_camera, "Renderer", Unrendered)
     evaluate_camera.main(options_for(world, known_start=True, pose_frame="first"))
     expected = film(make_scene(5), 0, num_frames=FRAMES, height=HEIGHT, width=WIDTH).c2w[0]
     torch.testing.assert_close(starts[0], expected)
