@@ -42,8 +42,8 @@ class Options:
     """How lengths are made comparable in pose frame first. Default: max for sfm, none for render, which sees metres."""
     camera_format: str = "auto"
     """Format of the camera files; auto recognises it."""
-    plots: bool = True
-    """Draw asked and recovered path of each video."""
+    no_plots: bool = False
+    """Draw no plot of the asked and the recovered path of each video."""
     output: Path | None = None
     """Folder of the results. Default: VIDEOS/camera."""
 
@@ -69,7 +69,8 @@ def main(options: Options) -> None:
     comparison = settle(options)
     pairs = find_pairs(options.videos, options.paths)
     rooms = room_seeds(options, [video for video, _ in pairs])
-    wanted = {video: read_asked(camera, video, options.camera_format) for video, camera in pairs}
+    needs_scene = comparison.pose_frame == "scene" or options.known_start
+    wanted = {video: read_asked(camera, video, options.camera_format, needs_scene) for video, camera in pairs}
     output = options.output or options.videos / "camera"
     sfm = SfmEstimator() if options.estimator == "sfm" else None
     scores: list[VideoScore] = []
@@ -88,7 +89,7 @@ def main(options: Options) -> None:
             estimator = RenderEstimator(seed, height=asked.height, start=start, finder=finder)
         score, recovered = score_video(video.stem, frames, asked, estimator, comparison)
         scores.append(score)
-        if recovered.c2w is not None and options.plots:
+        if recovered.c2w is not None and not options.no_plots:
             plot_recovered(asked, recovered.c2w, output / f"{video.stem}.png", comparison)
     scores.sort(key=lambda score: score.name)
     file = output / "camera.json"
@@ -166,14 +167,19 @@ def room_seeds(options: Options, videos: list[Path]) -> dict[str, int]:
     return rooms
 
 
-def read_asked(camera: Path, video: Path, format: str) -> CameraPath:
-    """The path that was asked for, with intrinsics in pixels of the video. Raises InputError for another length."""
+def read_asked(camera: Path, video: Path, format: str, needs_scene: bool) -> CameraPath:
+    """The path that was asked for, with intrinsics in pixels of the video. Raises InputError for one that does not go."""
     info = probe(video)
     asked = read_camera(camera, height=info.height, width=info.width, format=format, fps=info.fps)
     if len(asked) != info.num_frames:
         raise InputError(
             f"{camera}: expected as many poses as {video} has frames ({info.num_frames}), found {len(asked)}; give the "
             "path that this video was generated with"
+        )
+    if needs_scene and asked.pose_frame != "scene":
+        raise InputError(
+            f"{camera}: expected a path in the coordinates of the room, found one relative to its first frame; compare "
+            "with --pose_frame first, without --known_start"
         )
     return asked
 

@@ -33,7 +33,7 @@ def world(tmp_path):
 
 def options_for(world, **changes):
     options = evaluate_camera.Options(
-        videos=world / "videos", paths=world / "cameras", estimator="render", plots=False, output=world / "out"
+        videos=world / "videos", paths=world / "cameras", estimator="render", no_plots=True, output=world / "out"
     )
     return replace(options, **changes)
 
@@ -110,6 +110,11 @@ def shorten(world):
     file.write_text("\n".join(file.read_text().splitlines()[:-1]))
 
 
+def declare_first(world):
+    path = film(make_scene(5), 1, num_frames=FRAMES, height=HEIGHT, width=WIDTH)
+    write_ten(path.relative_to_first(), world / "cameras/1.txt")
+
+
 def lose_scene(world):
     (world / "scenes.json").write_text('[{"name": "0", "scene": 5}]')
 
@@ -129,6 +134,8 @@ def break_scenes(world):
         (lose_video, {}, "found none for 1"),
         (second_path, {}, "found 1.json, 1.txt"),
         (shorten, {}, "frames \\(3\\), found 2"),
+        (declare_first, {}, "relative to its first frame"),
+        (declare_first, {"pose_frame": "first", "known_start": True}, "relative to its first frame"),
         (lose_scene, {}, "found none for 1"),
         (lose_scenes, {}, "--scene"),
         (break_scenes, {}, "scenes.json"),
