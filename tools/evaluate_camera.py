@@ -168,7 +168,7 @@ def room_seeds(options: Options, videos: list[Path]) -> dict[str, int]:
 
 
 def read_asked(camera: Path, video: Path, format: str, needs_scene: bool) -> CameraPath:
-    """The path that was asked for, with intrinsics in pixels of the video. Raises InputError for one that does not go."""
+    """The asked path, with intrinsics in pixels of the video. Raises InputError for one that does not go with it."""
     info = probe(video)
     asked = read_camera(camera, height=info.height, width=info.width, format=format, fps=info.fps)
     if len(asked) != info.num_frames:
@@ -178,8 +178,8 @@ def read_asked(camera: Path, video: Path, format: str, needs_scene: bool) -> Cam
         )
     if needs_scene and asked.pose_frame != "scene":
         raise InputError(
-            f"{camera}: expected a path in the coordinates of the room, found one relative to its first frame; compare "
-            "with --pose_frame first, without --known_start"
+            f"{camera}: expected a path in room coordinates, found one relative to its first frame; compare with "
+            "--pose_frame first, without --known_start"
         )
     return asked
 
