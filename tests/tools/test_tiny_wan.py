@@ -107,7 +107,7 @@ def test_generation_asks_each_expert_on_its_own_side_of_the_boundary():
             init_weights(self, torch.Generator().manual_seed(0))
             self.name = name
 
-        def forward(self, noised, *, timestep, context):
+        def forward(self, noised, *, timestep, context, condition=None):
             asked[self.name].append(float(timestep[0]))
             return torch.zeros_like(noised)
 
