@@ -56,8 +56,8 @@ class Options:
     """One run of each mechanism with each seed; outside of `scene` with the first one."""
     steps: int = 600
     """Training steps, of both experts together, in batches of 4."""
-    place_steps: int = 5000
-    """The same in the world `place`."""
+    long_steps: int = 4000
+    """The same in the worlds `place` and `first`."""
     rank: int = 16
     """Of the LoRA."""
     learning_rate: float = 2e-3
@@ -116,7 +116,13 @@ def main(options: Options) -> None:
             )
             + "\n"
         )
-    write_table(options.table, rows, trainings={name: training_of(options, name) for name in rows}, seconds=seconds)
+    write_table(
+        options.table,
+        rows,
+        seeds=options.seeds,
+        trainings={name: training_of(options, name) for name in rows},
+        seconds=seconds,
+    )
     print(options.table.read_text())
 
 
@@ -145,7 +151,7 @@ def run_world(options: Options, name: str, mechanisms: tuple[str, ...]) -> list[
 def training_of(options: Options, world: str) -> Training:
     """What all runs in a world have in common."""
     return Training(
-        steps=options.place_steps if world == "place" else options.steps,
+        steps=options.long_steps if world in ("place", "first") else options.steps,
         rank=options.rank,
         learning_rate=options.learning_rate,
         camera_learning_rate=options.camera_learning_rate,

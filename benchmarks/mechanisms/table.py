@@ -70,14 +70,20 @@ def best_of(rows: Sequence[Row]) -> Row:
 
 
 def write_table(
-    file: Path, rows: Mapping[str, Sequence[Row]], *, trainings: Mapping[str, Training], seconds: Mapping[str, float]
+    file: Path,
+    rows: Mapping[str, Sequence[Row]],
+    *,
+    seeds: Sequence[int],
+    trainings: Mapping[str, Training],
+    seconds: Mapping[str, float],
 ) -> None:
     """The page of the docs."""
     training = next(iter(trainings.values()))
     lines = [
         "# Mechanisms, measured",
         "",
-        "Printed by `python benchmarks/camera_mechanisms.py --work bake_off`; its first lines say what each figure is.",
+        f"Printed by `python benchmarks/camera_mechanisms.py --work bake_off --seeds {' '.join(map(str, seeds))}`;",
+        "the first lines of that file say what each figure is.",
         f"Both experts of the embedded tiny model, LoRA rank {training.rank}, 4 clips of 17 frames of 64x96 a step,",
         f"learning rate {training.learning_rate:g}, camera {training.camera_learning_rate:g} (`plucker`: a tenth).",
         f"Chance for top-1 is {1 / CANDIDATES:.1%}. `base` is the model without any training,",
@@ -99,7 +105,7 @@ def write_table(
                 f"| {label} | {row.top1:.1%} | {by_seed} | {row.rotation_degrees:.2f} | {row.position_metres:.3f} | "
                 f"{row.psnr:.2f} | {row.parameters:,} | {step} |"
             )
-        lines += ["", f"{trainings[name].steps} steps of both experts together; {world.videos} videos a seed."]
+        lines += ["", f"{trainings[name].steps} steps of both experts together; {world.videos} videos for each seed."]
     lines += [
         "",
         "`step`: time of a training step over that of `none`, in turns within one process, median.",
