@@ -51,13 +51,17 @@ class Options:
     worlds: tuple[Literal["scene", "place", "first", "orbits"], ...] = ("scene", "place", "first", "orbits")
     """What to train and test on."""
     mechanisms: tuple[str, ...] = MECHANISMS
-    """For the world `scene`; the others take the winner of that table, or these where `scene` is not among them."""
+    """For the world `scene`; `place` and `orbits` take the winner of that table, or these where it is not asked for."""
+    first_mechanisms: tuple[str, ...] = ("ray_attention",)
+    """For the world `first`, in which relative poses are all there is to know."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each mechanism with each seed; outside of `scene` with the first one."""
     steps: int = 600
     """Training steps, of both experts together, in batches of 4."""
-    long_steps: int = 4000
-    """The same in the worlds `place` and `first`."""
+    place_steps: int = 4000
+    """The same in the world `place`."""
+    first_steps: int = 2000
+    """The same in the world `first`."""
     rank: int = 16
     """Of the LoRA."""
     learning_rate: float = 2e-3
@@ -91,7 +95,7 @@ from networks.mechanisms.registry import INJECTIONS
 
 def main(options: Options) -> None:
     torch.set_num_threads(1)  # the work is in processes of one thread each
-    for name in options.mechanisms:
+    for name in (*options.mechanisms, *options.first_mechanisms):
         if name not in INJECTIONS:
             raise InputError(
                 f"--mechanisms: expected some of {', '.join(INJECTIONS)}, found {name!r}{nearest(name, INJECTIONS)}"
@@ -99,7 +103,8 @@ def main(options: Options) -> None:
     chosen = options.mechanisms
     rows: dict[str, list[Row]] = {}
     for name in options.worlds:
-        runs = run_world(options, name, (BASE, *((NONE, *chosen) if name == "scene" else chosen)))
+        mechanisms = {"scene": (NONE, *chosen), "first": options.first_mechanisms}.get(name, chosen)
+        runs = run_world(options, name, (BASE, *mechanisms))
         rows[name] = summarise([json.loads(each.result_file.read_text()) for each in runs])
         if name == "scene":
             chosen = (best_of(rows[name]).mechanism,)
@@ -151,7 +156,7 @@ def run_world(options: Options, name: str, mechanisms: tuple[str, ...]) -> list[
 def training_of(options: Options, world: str) -> Training:
     """What all runs in a world have in common."""
     return Training(
-        steps=options.long_steps if world in ("place", "first") else options.steps,
+        steps={"place": options.place_steps, "first": options.first_steps}.get(world, options.steps),
         rank=options.rank,
         learning_rate=options.learning_rate,
         camera_learning_rate=options.camera_learning_rate,
