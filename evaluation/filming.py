@@ -121,7 +121,12 @@ def decode_frames(vae: WanVAE, latents: Tensor) -> Tensor:
         uint8 on the CPU. [B, T, H, W, 3]
     """
     videos = [vae.decode(clip[None])[0].cpu() for clip in latents]  # [3, T, H, W] in [-1, 1]
-    levels = ((torch.stack(videos) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return to_pictures(torch.stack(videos))
+
+
+def to_pictures(videos: Tensor) -> Tensor:
+    """Decoded videos as pictures: [B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
+    levels = ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return rearrange(levels, "b c t h w -> b t h w c").contiguous()
 
 

@@ -38,12 +38,11 @@ class Options:
 if __name__ == "__main__":
     OPTIONS = parse_options(Options, __doc__)
 
-import numpy as np
 import torch
-from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from camera.files.formats import write_ten
+from camera.metrics import rotation_errors, translation_errors
 from camera.path import CameraPath
 from camera.plots import plot_path
 from core.errors import InputError
@@ -136,9 +135,8 @@ def in_words(
         for number in range(1, OTHERS + 1)
     ]
     nearest = closest(generated, torch.stack([renderer(candidate) for candidate in (path, *others)]))
-    turns = recovered[:, :3, :3].mT @ path.rotations
-    degrees = float(np.degrees(Rotation.from_matrix(turns.numpy()).magnitude()).mean())
-    metres = float((recovered[:, :3, 3] - path.positions).norm(dim=-1).mean())
+    degrees = float(rotation_errors(recovered, path.c2w).rad2deg().mean())
+    metres = float(translation_errors(recovered, path.c2w).mean())
     length = float(path.positions.diff(dim=0).norm(dim=-1).sum())
     verdict = "The video follows its camera path" if nearest == 0 else "The video does NOT follow its camera path"
     return (

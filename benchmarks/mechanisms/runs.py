@@ -10,21 +10,20 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
-from scipy.spatial.transform import Rotation
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.mechanisms.worlds import HEIGHT, WIDTH, World, stacked, test_cases
+from camera.metrics import rotation_errors, translation_errors
 from core.errors import InputError
 from core.files import atomic_path, read_safetensors, save_safetensors
 from core.model_files import ModelFiles, resolve_model
 from dataset.config import read_dataset_config
 from dataset.video import write_video
 from evaluation.candidates import closest
-from evaluation.filming import Cameras, FilmingExpert, Sampling, film_paths
+from evaluation.filming import Cameras, FilmingExpert, Sampling, film_paths, to_pictures
 from networks.files import load_network, network_paths
 from networks.guided import Conditions
 from scenes.align import PathFinder
@@ -197,7 +196,7 @@ def score(run: Run) -> dict[str, object]:
             seeds=[run.seed * 1000 + start + place for place in range(len(batch))],
             sampling=Sampling(steps=variant.steps, shift=variant.shift),
         )
-        videos += frames_of(WholeClip(vae.network).decode(latents))
+        videos += to_pictures(WholeClip(vae.network).decode(latents))
     rendered = candidates_of(run.world, run.work)
     scored = []
     order = sorted(range(len(cases)), key=lambda number: cases[number].scene)  # a bank of views serves one room
@@ -225,18 +224,10 @@ def score(run: Run) -> dict[str, object]:
 
 def camera_errors(recovered: Tensor, asked: Tensor) -> dict[str, float]:
     """Angle and distance between two paths in the same coordinates, [T, 4, 4], means over the frames."""
-    turns = (recovered[:, :3, :3].mT @ asked[:, :3, :3]).numpy()
-    distances = (recovered[:, :3, 3] - asked[:, :3, 3]).norm(dim=-1)
     return {
-        "rotation_degrees": float(np.degrees(Rotation.from_matrix(turns).magnitude()).mean()),
-        "position_metres": float(distances.mean()),
+        "rotation_degrees": float(rotation_errors(recovered, asked).rad2deg().mean()),
+        "position_metres": float(translation_errors(recovered, asked).mean()),
     }
-
-
-def frames_of(videos: Tensor) -> Tensor:
-    """Pictures of decoded videos: [B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
-    levels = ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return rearrange(levels, "b c t h w -> b t h w c").contiguous()
 
 
 def first_frames(batch: list, vae: WanVAE) -> Tensor:
