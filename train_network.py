@@ -16,10 +16,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -150,31 +148,29 @@ if __name__ == "__main__":
     OPTIONS = parse_options(Options, __doc__)
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
-from camera.path import CameraPath
-from core.errors import InputError, nearest
+from core.errors import InputError
 from core.files import fingerprint
-from core.model_files import ModelFiles, resolve_model
+from core.model_files import ModelFiles
 from core.randomness import generator_for
-from dataset.batches import Batch, TrainingSet
+from dataset.batches import TrainingSet
 from dataset.clips import list_clips
 from dataset.config import read_dataset_config
 from evaluation.filming import FilmingExpert
-from evaluation.rooms import read_rooms, rooms_beside
-from evaluation.validation import CameraValidation, HeldOutClip
+from evaluation.validation import CameraValidation
 from memory.runners import BlockRunner, run_checkpointed, run_plain
 from memory.swap import SwappedBlocks, move_all_but
 from networks.checkpoint import load_state, save_state
-from networks.files import NETWORK_MODULES, save_network
+from networks.files import import_network_module, save_network
 from networks.network import Network
 from networks.optimization import create_optimizer, learning_rate_factor
+from training.held_out import held_out_clips, validate
+from training.model import settle_model, trained_experts
+from training.step import TrainedExpert, draw_expert, training_step
 from wan_ext import flow
-from wan_ext.condition import first_frame_timestep, with_first_frame
-from wan_ext.configs import Expert, WanVariant, get_variant
+from wan_ext.configs import Expert, WanVariant
 from wan_ext.dit import WanDiT
 from wan_ext.experts import expert_interval
 from wan_ext.loading import load_dit
@@ -183,51 +179,18 @@ from wan_ext.vae import load_vae
 SAVE_DTYPES = {"float": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainedExpert:
-    """One expert: frozen transformer, what is trained on it, and its share of the noise levels."""
-
-    name: Expert
-    dit: WanDiT
-    network: Network
-    run_blocks: BlockRunner
-    optimizer: torch.optim.Optimizer
-    learning_rates: tuple[float, ...]  # of the optimizer's groups, before the schedule
-    interval: tuple[float, float]  # of sigma
-    probability: float  # of a step
-    clean_first_frame: bool = False  # whether the first latent frame is known and at timestep 0
-
-
-def training_step(
-    expert: TrainedExpert, batch: Batch, noise: Tensor, sigma: Tensor, keep: Tensor | None = None
-) -> Tensor:
-    """The flow-matching loss of one batch. noise [B, C, F, H, W], sigma [B], keep of `draw_keep` [B] -> scalar."""
-    noised = flow.add_noise(batch.latents, noise, sigma)  # [B, C, F, H, W]
-    timestep, known = 1000 * sigma, 0
-    if expert.clean_first_frame and noised.shape[2] > 1:  # as in sampling; there is nothing to learn of it then
-        noised, known = with_first_frame(noised, batch.latents[:, :, :1]), 1
-        timestep = first_frame_timestep(timestep, noised.shape[2])  # [B, F]
-    camera = None
-    if batch.c2w is not None:
-        camera = expert.network.encode_camera(batch.c2w, batch.K, batch.height, batch.width, keep=keep)
-    velocity = expert.dit(
-        noised,
-        timestep=timestep,
-        context=batch.context,
-        condition=batch.condition,
-        image_context=batch.image_context,
-        camera=camera,
-        run_blocks=expert.run_blocks,
-    )  # [B, C, F, H, W]
-    target = flow.velocity_target(batch.latents, noise)
-    return F.mse_loss(velocity[:, :, known:], target[:, :, known:])
-
-
 def main(options: Options) -> None:
     # ---- configuration --------------------------------------------------------------------------------------------
     require_sensible(options)
     config = read_dataset_config(options.dataset_config)
-    files, variant = settle_model(options, config.model)
+    files, variant = settle_model(
+        {name: getattr(options, name) for name in ("task", "ckpt_dir", "dit", "dit_high_noise", "vae", "t5")},
+        table=config.model,
+        table_source=options.dataset_config,
+        experts=options.experts,
+        timestep_boundary=options.timestep_boundary,
+        filming=options.validate_camera_every is not None,
+    )
     network_module = import_network_module(options.network_module)
     law = {
         "law": options.timestep_sampling,
@@ -254,8 +217,7 @@ def main(options: Options) -> None:
         condition_channels=variant.dit.condition_channels,
         image_context=variant.image_encoder is not None,
     )
-
-    held_out = held_out_clips(options, variant, training_set)
+    held_out = held_out_clips(options.validation_config, training_set, variant) if options.validation_config else []
 
     @lru_cache(maxsize=2)
     def batches_of(epoch: int) -> list[tuple[int, ...]]:
@@ -269,7 +231,7 @@ def main(options: Options) -> None:
 
     # ---- experts: frozen transformer, adapter, optimizer ----------------------------------------------------------
     experts = []
-    for name in trained_experts(options, variant):
+    for name in trained_experts(variant, options.experts):
         path = files.dit_high_noise if name == "high" else files.dit
         dit = load_base(options, path, variant, device)
         network = network_module.create_network(
@@ -350,7 +312,17 @@ def main(options: Options) -> None:
             )
             tqdm.write(f"saved {folder}")
 
-    validate = prepare_validation(options, files, variant, experts, held_out, device) if held_out else None
+    if held_out:
+        filming = film_with(options, files, variant, experts, device)
+        validation = CameraValidation(
+            held_out,
+            variant=variant,
+            vae=load_vae(files.vae, variant.vae),
+            estimator=options.validate_camera_estimator,
+            folder=options.output_dir / "validation",
+            seed=options.seed,
+            device=device,
+        )
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     smooth_loss: dict[str, float] = {}
@@ -408,12 +380,9 @@ def main(options: Options) -> None:
                 curves[f"lr/{group['name']}"] = group["lr"]
             accelerator.log(curves | {"seconds_per_step": time.perf_counter() - started}, step=step)
         done = step + 1
-        if (
-            validate
-            and accelerator.is_main_process
-            and (done % options.validate_camera_every == 0 or done == max_steps)
-        ):
-            accelerator.log(validate(done), step=step)
+        if held_out and accelerator.is_main_process:
+            if done % options.validate_camera_every == 0 or done == max_steps:
+                accelerator.log(validate(validation, filming, step=done), step=step)
         if done < max_steps and options.save_every_n_steps and done % options.save_every_n_steps == 0:
             save(f"-step{done:08d}", done)
         elif done < max_steps and options.save_every_n_epochs:
@@ -443,42 +412,6 @@ def require_sensible(options: Options) -> None:
             raise InputError(f"--{name}: expected at least 1, found {value}")
     if (options.validate_camera_every is None) != (options.validation_config is None):
         raise InputError("--validate_camera_every --validation_config: expected both or none, found one")
-
-
-def settle_model(options: Options, table: dict[str, str]) -> tuple[ModelFiles, WanVariant]:
-    """The task, with --timestep_boundary in it, and the files of the experts that are trained."""
-    names = ("task", "ckpt_dir", "dit", "dit_high_noise", "vae", "t5")
-    flags = {name: getattr(options, name) for name in names}
-    files = resolve_model(flags, table=table, table_source=options.dataset_config, needs=())
-    variant = get_variant(files.task)
-    if options.timestep_boundary is not None:
-        boundary = options.timestep_boundary / (1000 if options.timestep_boundary > 1 else 1)
-        if variant.boundary is None or not 0 < boundary < 1:
-            raise InputError(
-                f"--timestep_boundary: expected a number between 0 and 1 (or 1000) for a task of two experts, found "
-                f"{options.timestep_boundary} for {variant.name}"
-            )
-        variant = replace(variant, boundary=boundary)
-    names_needed = variant.experts if options.validate_camera_every else trained_experts(options, variant)
-    needs = ["dit" if name == "low" else "dit_high_noise" for name in names_needed]
-    needs += ["vae"] if options.validate_camera_every else []
-    return resolve_model(flags, table=table, table_source=options.dataset_config, needs=needs), variant
-
-
-def trained_experts(options: Options, variant: WanVariant) -> tuple[Expert, ...]:
-    if options.experts == "both":
-        return variant.experts
-    if options.experts not in variant.experts:
-        raise InputError(f"--experts {options.experts}: {variant.name} has one expert, called low")
-    return (options.experts,)
-
-
-def import_network_module(name: str):
-    """The module behind --network_module."""
-    if name not in NETWORK_MODULES:
-        hint = nearest(name, NETWORK_MODULES)
-        raise InputError(f"--network_module: expected {' or '.join(NETWORK_MODULES)}, found {name!r}{hint}")
-    return import_module(name)
 
 
 def network_arguments(options: Options) -> dict[str, str]:
@@ -513,100 +446,16 @@ def place(options: Options, dit: WanDiT, network: Network | None, device: torch.
     return run_blocks
 
 
-def held_out_clips(options: Options, variant: WanVariant, training_set: TrainingSet) -> list[HeldOutClip]:
-    """What --validation_config names, its caches verified; nothing where no validation is asked for."""
-    if options.validation_config is None:
-        return []
-    if training_set.pose_frame is None:
-        raise InputError(f"--validate_camera_every: {options.network_module} hears no camera; leave it out")
-    held_out = TrainingSet(
-        list_clips(
-            read_dataset_config(options.validation_config),
-            spatial_stride=variant.spatial_stride,
-            temporal_stride=variant.vae.stride[0],
-        ),
-        need_camera=True,
-        vae=training_set.vae,
-        text_encoder=training_set.text_encoder,
-        latent_channels=variant.vae.z_dim,
-        context_width=variant.dit.text_dim,
-        condition_channels=variant.dit.condition_channels,
-        image_context=variant.image_encoder is not None,
-    )
-    frame, rule = (held_out.pose_frame, held_out.scale_rule), (training_set.pose_frame, training_set.scale_rule)
-    if frame != rule:
-        raise InputError(
-            f"{options.validation_config}: expected pose frame and scale of the training data, {rule}, found {frame}"
-        )
-    clips = []
-    for index, clip in enumerate(held_out.clips):
-        batch = held_out.load([index])
-        assert batch.c2w is not None and batch.K is not None
-        rooms = rooms_beside(clip.source.parent)
-        knows_first = variant.image_conditioning in ("first_frame", "channels_and_first_frame")
-        clips.append(
-            HeldOutClip(
-                name=f"{index:03d}_{clip.source.stem}",
-                asked=CameraPath(
-                    c2w=batch.c2w[0],
-                    K=batch.K[0],
-                    height=batch.height,
-                    width=batch.width,
-                    fps=clip.fps,
-                    pose_frame=held_out.pose_frame,  # type: ignore[arg-type]  # one of the two, from CameraPath itself
-                    scale_rule=held_out.scale_rule or "none",
-                ),
-                context=batch.context,
-                condition=batch.condition,
-                image_context=batch.image_context,
-                first_latents=batch.latents[:, :, :1] if knows_first else None,
-                room=None if rooms is None else read_rooms(rooms).get(clip.source.stem),
-            )
-        )
-    return clips
-
-
-def prepare_validation(
-    options: Options,
-    files: ModelFiles,
-    variant: WanVariant,
-    experts: list[TrainedExpert],
-    clips: list[HeldOutClip],
-    device: torch.device,
-) -> Callable[[int], dict[str, float]]:
-    """What films and scores the held-out clips after a step. The expert that is not trained runs as the base does."""
+def film_with(
+    options: Options, files: ModelFiles, variant: WanVariant, experts: list[TrainedExpert], device: torch.device
+) -> dict[Expert, FilmingExpert]:
+    """Every expert of the task as validation films with it: one that is not trained runs as the base does."""
     filming = {e.name: FilmingExpert(dit=e.dit, network=e.network, run_blocks=e.run_blocks) for e in experts}
     for name in variant.experts:
         if name not in filming:
             dit = load_base(options, files.dit_high_noise if name == "high" else files.dit, variant, device)
             filming[name] = FilmingExpert(dit=dit, run_blocks=place(options, dit.requires_grad_(False), None, device))
-    validation = CameraValidation(
-        clips,
-        variant=variant,
-        vae=load_vae(files.vae, variant.vae),
-        estimator=options.validate_camera_estimator,
-        folder=options.output_dir / "validation",
-        seed=options.seed,
-        device=device,
-    )
-
-    def validate(step: int) -> dict[str, float]:
-        try:
-            curves = validation(filming, step)
-        except Exception as error:  # hours of training do not end because a measurement of it does
-            tqdm.write(f"validation at step {step} failed: {type(error).__name__}: {error}")
-            return {}
-        words = ", ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in curves.items())
-        tqdm.write(f"validation at step {step}: {words}")
-        return curves
-
-    return validate
-
-
-def draw_expert(experts: list[TrainedExpert], *, seed: int, step: int) -> TrainedExpert:
-    """The expert of one step, the same on every process, with the probability of its interval under the law."""
-    weights = torch.tensor([expert.probability for expert in experts])
-    return experts[int(torch.multinomial(weights, 1, generator=generator_for(seed, "expert", step)))]
+    return filming
 
 
 def describe_run(options: Options, files: ModelFiles, variant: WanVariant, training_set: TrainingSet) -> dict[str, str]:

@@ -14,11 +14,12 @@ import hashlib
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from core.errors import InputError
+from core.errors import InputError, nearest
 from core.files import read_safetensors, read_safetensors_metadata, save_safetensors
 from networks import lora
 from networks.network import Network
@@ -26,6 +27,14 @@ from wan_ext.configs import Expert, WanVariant, get_variant
 from wan_ext.dit import WanDiT
 
 NETWORK_MODULES = ("networks.lora", "networks.lora_camera")
+
+
+def import_network_module(name: str) -> ModuleType:
+    """The module that is called so. Raises InputError: there is none."""
+    if name not in NETWORK_MODULES:
+        hint = nearest(name, NETWORK_MODULES)
+        raise InputError(f"--network_module: expected {' or '.join(NETWORK_MODULES)}, found {name!r}{hint}")
+    return import_module(name)
 
 
 def save_network(

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "wan_ext": {"core", "memory"},
     "networks": {"core", "camera", "memory", "wan_ext"},
     "evaluation": {"core", "camera", "scenes", "memory", "wan_ext", "networks"},
+    "training": {"core", "camera", "scenes", "memory", "dataset", "wan_ext", "networks", "evaluation"},
 }
 """Package -> packages of ours that it may import, besides itself. Scripts, tools and benchmarks may import them all."""
 
