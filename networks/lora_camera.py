@@ -75,7 +75,7 @@ def create_network(
 
     Raises:
         InputError: an unknown network argument or value, a pattern that finds nothing, a rank, alpha or dropout out of
-            range, or a data set without cameras.
+            range, a data set without cameras, or one whose pose frame a frozen adapter of the model does not know.
     """
     check_names(network_args, ARGUMENTS, module=MODULE)
     check_structure(rank, alpha, dropout)
@@ -103,6 +103,12 @@ def create_network(
             scale_rule=scale_rule or "none",
         ),
     )
+    assert settings.camera is not None
+    if variant.hears_camera and pose_frame == "scene" and not settings.camera.train_control_adapter:
+        raise InputError(
+            f'--task {variant.name}: its own camera adapter is frozen and knows poses of pose frame "first", found a data '
+            f'set of pose frame "scene"; add --train_control_adapter, or set pose_frame = "first" in the dataset config'
+        )
     camera_lr = read_positive(network_args, "camera_lr")
     adapters = build_adapters(dit, settings, generator=generator)
     network = _with_camera(dit, settings, adapters, variant, generator=generator, camera_lr=camera_lr)

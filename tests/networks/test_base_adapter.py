@@ -30,7 +30,7 @@ on_every_model = pytest.mark.parametrize("task", FUN)
 on_every_injection = pytest.mark.parametrize("injection", ["plucker", "plucker_light", "film"])
 
 
-def make_network(dit: WanDiT, variant: WanVariant, **network_args: str) -> Network:
+def make_network(dit: WanDiT, variant: WanVariant, pose_frame: str = "first", **network_args: str) -> Network:
     return lora_camera.create_network(
         dit,
         variant=variant,
@@ -38,7 +38,7 @@ def make_network(dit: WanDiT, variant: WanVariant, **network_args: str) -> Netwo
         rank=4,
         alpha=2.0,
         network_args=network_args,
-        pose_frame="first",
+        pose_frame=pose_frame,
         generator=torch.Generator().manual_seed(0),
     )
 
@@ -192,3 +192,11 @@ def test_a_path_in_another_length_is_refused() -> None:
     network = make_network(dit, A14B)
     with pytest.raises(InputError, match=r"expected 4n \+ 1 frames .* found 8"):
         network.encode_camera(clip.c2w[:, :8], clip.K[:, :8], clip.height, clip.width)
+
+
+@pytest.mark.parametrize("injection", ["plucker", "plucker_light"])
+def test_a_frozen_adapter_is_not_given_poses_of_a_frame_that_it_was_not_taught(injection: str) -> None:
+    with pytest.raises(InputError, match='--train_control_adapter, or set pose_frame = "first"'):
+        make_network(make_dit(A14B), A14B, pose_frame="scene", injection=injection)
+    network = make_network(make_dit(A14B), A14B, pose_frame="scene", injection=injection, **TRAIN)
+    assert network.settings.camera is not None and network.settings.camera.pose_frame == "scene"
