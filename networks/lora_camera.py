@@ -106,7 +106,7 @@ def create_network(
     assert settings.camera is not None
     if variant.hears_camera and pose_frame == "scene" and not settings.camera.train_control_adapter:
         raise InputError(
-            f'--task {variant.name}: its own camera adapter is frozen and knows poses of pose frame "first", found a data '
+            f'--task {variant.name}: its own camera adapter is frozen and knows poses of frame "first", found a data '
             f'set of pose frame "scene"; add --train_control_adapter, or set pose_frame = "first" in the dataset config'
         )
     camera_lr = read_positive(network_args, "camera_lr")
