@@ -37,7 +37,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint as run_recomputed
 
 from core.errors import InputError
-from memory.device import Copies, Slot, copies_for
+from memory.transfers import Copies, Slot, copies_for
 
 ALIGNMENT_BYTES = 256
 

@@ -1,34 +1,109 @@
-"""Laws of the transfers: bytes arrive, and on CUDA events order copies and computation (checked without a GPU)."""
+"""Laws of the devices: bytes arrive, late and in order; on CUDA events order copies and computation (without a GPU)."""
 
 import contextlib
 import gc
+import mmap
+import threading
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from memory.device import PAGE_BYTES, CpuCopies, CudaCopies, copies_for
+from core.errors import InputError
+from memory.device import CpuDevice, CudaDevice, device_for
+
+
+def numbers(count: int, start: int = 0) -> Tensor:
+    return torch.arange(start, start + count, dtype=torch.uint8)
+
+
+def is_nan(tensor: Tensor) -> bool:
+    return bool((tensor == 0xFF).all())
+
+
+# --- the CPU ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_cpu_copies_when_it_is_waited_for_and_poisons_until_then() -> None:
-    copies = copies_for(torch.device("cpu"))
-    source = copies.host_buffer(8)
-    source.copy_(torch.arange(8, dtype=torch.uint8))
-    slot = copies.slot(16)
+    device = device_for("cpu")
+    source, target = device.host(8), device.buffer(8)
+    source.copy_(numbers(8))
     for _ in range(2):
-        copies.copy(slot, source)
-        assert torch.isnan(slot.buffer.view(torch.float32)).all()
-        copies.wait(slot)
-        assert torch.equal(slot.buffer[:8], source)
-        assert (slot.buffer[8:] == 0xFF).all()
-        copies.done(slot)
+        copied = device.copy(target, source, after=device.record())
+        assert is_nan(target)
+        device.wait(copied)
+        assert torch.equal(target, numbers(8))
+    device.free(target)
+    assert is_nan(target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_poison_is_nan_in_every_float(dtype: torch.dtype) -> None:
+    device = CpuDevice()
+    for memory in (device.host(64), device.buffer(64)):
+        assert torch.isnan(memory.view(dtype).float()).all()
+
+
+def test_what_has_been_waited_for_includes_what_was_put_into_the_same_queue_before_and_nothing_else() -> None:
+    device = CpuDevice()
+    hosts, buffers = [device.host(4) for _ in range(3)], [device.buffer(4) for _ in range(3)]
+    for host in hosts:
+        host.copy_(numbers(4))
+    copied = [device.copy(buffer, host, after=None) for buffer, host in zip(buffers, hosts, strict=True)]
+    other = device.host(4)
+    away = device.copy(other, numbers(4, 9), after=None)  # in the other direction
+    device.wait(copied[1])
+    assert [is_nan(buffer) for buffer in buffers] == [False, False, True] and is_nan(other)
+    away.synchronize()
+    assert torch.equal(other, numbers(4, 9)) and is_nan(buffers[2])
+
+
+def test_to_the_host_and_back_needs_an_event_between_the_two() -> None:
+    device = CpuDevice()
+    host, back = device.host(4), device.buffer(4)
+    away = device.copy(host, numbers(4), after=device.record())
+    device.wait(device.copy(back, host, after=away))
+    assert torch.equal(back, numbers(4))
+    device.copy(host, numbers(4, 7), after=device.record())
+    device.wait(device.copy(back, host, after=None))
+    assert is_nan(back)
+
+
+def test_a_worker_thread_may_copy() -> None:
+    device = CpuDevice()
+    pairs = [(device.host(4), device.buffer(4)) for _ in range(20)]
+    for number, (host, _) in enumerate(pairs):
+        host.fill_(number)
+    copied = []
+    worker = threading.Thread(
+        target=lambda: copied.extend(device.copy(buffer, host, after=None) for host, buffer in pairs)
+    )
+    worker.start()
+    worker.join()
+    for number, (event, (_, buffer)) in enumerate(zip(copied, pairs, strict=True)):
+        device.wait(event)
+        assert (buffer == number).all()
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+    "target, source, message",
+    [
+        (torch.zeros(4), torch.zeros(5), "expected the target's torch.float32 \\(4,\\), found torch.float32 \\(5,\\)"),
+        (torch.zeros(4), torch.zeros(4).double(), "found torch.float64"),
+        (torch.zeros(4, 4).T, torch.zeros(4, 4), "contiguous"),
+    ],
 )
-def test_poison_is_nan_in_every_float(dtype: torch.dtype) -> None:
-    assert torch.isnan(CpuCopies().slot(64).buffer.view(dtype).float()).all()
+def test_what_is_not_one_transfer_of_bytes_is_refused(target: Tensor, source: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CpuDevice().copy(target, source, after=None)
+
+
+def test_a_device_that_cannot_stream_is_refused() -> None:
+    with pytest.raises(InputError, match="cuda device or the cpu, found mps"):
+        device_for("mps")
+
+
+# --- CUDA, by a driver that writes down what it was told -------------------------------------------------------------
 
 
 class FakeEvent:
@@ -49,41 +124,49 @@ class FakeStream:
         self.work: list[object] = []
 
     def wait_event(self, event: FakeEvent) -> None:
+        assert event.point is not None  # waiting for what was never recorded waits for nothing
         self.work.append(("wait", event.point))
 
     def synchronize(self) -> None:
         self.work.append("synchronize")
 
 
-class FakeBuffer:
-    """Device memory that remembers which streams it was recorded on, and copies on the current stream."""
+class FakeTensor:
+    """Memory that remembers which streams it was recorded on, and copies on the current stream."""
 
-    def __init__(self, cuda: "FakeCuda") -> None:
-        self.cuda = cuda
+    dtype, shape = torch.uint8, (100,)
+
+    def __init__(self, cuda: "FakeCuda", is_cuda: bool) -> None:
+        self.cuda, self.is_cuda = cuda, is_cuda
         self.recorded: list[FakeStream] = []
 
-    def record_stream(self, stream: FakeStream) -> None:
-        self.recorded.append(stream)
+    def is_contiguous(self) -> bool:
+        return True
 
-    def __getitem__(self, part: slice) -> "FakeBuffer":
+    def detach(self) -> "FakeTensor":
         return self
 
-    def copy_(self, source: Tensor, non_blocking: bool) -> None:
+    def record_stream(self, stream: FakeStream) -> None:
+        assert self.is_cuda
+        self.recorded.append(stream)
+
+    def copy_(self, source: "FakeTensor", non_blocking: bool) -> None:
         assert non_blocking
-        self.cuda.current.work.append(("copy", source.numel()))
+        self.cuda.current.work.append("copy")
 
 
 class FakeCuda:
-    """As much of torch.cuda as the transfers use, and a driver that pins memory."""
+    """As much of torch.cuda as the device uses, and a driver that pins memory."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: int = 0) -> None:
-        self.compute, self.side = FakeStream("compute"), FakeStream("side")
-        self.current = self.compute
+        self.compute = self.current = FakeStream("compute")
+        self.copying = [FakeStream("in"), FakeStream("out")]
         self.pinned: dict[int, int] = {}
         self.error = error
         self.launches_after_error = 0
+        streams = iter(self.copying)
         for name, value in {
-            "Stream": lambda device: self.side,
+            "Stream": lambda device: next(streams),
             "Event": FakeEvent,
             "current_stream": lambda device: self.current,
             "stream": self.on,
@@ -92,10 +175,6 @@ class FakeCuda:
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch, "zeros", self.launch)
-        empty = torch.empty
-        monkeypatch.setattr(
-            torch, "empty", lambda *size, device=None, **k: FakeBuffer(self) if device else empty(*size, **k)
-        )
 
     @contextlib.contextmanager
     def on(self, stream: FakeStream):  # type: ignore[no-untyped-def]
@@ -117,42 +196,54 @@ class FakeCuda:
         return 0
 
 
-def test_cuda_orders_copy_and_computation_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_has_a_stream_for_each_direction_and_orders_them_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
-    copies = copies_for(torch.device("cuda"))
-    assert isinstance(copies, CudaCopies)
+    device = device_for("cuda")
+    coming, leaving = cuda.copying
+    host, buffer = FakeTensor(cuda, False), FakeTensor(cuda, True)
     cuda.compute.work.append("earlier kernel")
-    slot = copies.slot(100)
-    assert slot.buffer.recorded == [cuda.side]  # type: ignore[attr-defined]
-    source = copies.host_buffer(100)
-    copies.copy(slot, source)
-    copies.wait(slot)
-    cuda.compute.work.append("first use")
-    copies.done(slot)
-    copies.copy(slot, source)
-    copies.wait(slot)
-    assert cuda.side.work == [("wait", ("compute", 1)), ("copy", 100), ("wait", ("compute", 3)), ("copy", 100)]
-    assert cuda.compute.work == ["earlier kernel", ("wait", ("side", 2)), "first use", ("wait", ("side", 4))]
+    copied = device.copy(buffer, host, after=device.record())  # type: ignore[arg-type]
+    device.wait(copied)
+    cuda.compute.work.append("use")
+    away = device.copy(host, buffer, after=device.record())  # type: ignore[arg-type]
+    device.copy(buffer, host, after=away)  # type: ignore[arg-type]
+    device.copy(buffer, host, after=None)  # type: ignore[arg-type]
+    assert cuda.compute.work == ["earlier kernel", ("wait", ("in", 2)), "use"]
+    assert coming.work == [("wait", ("compute", 1)), "copy", ("wait", ("out", 2)), "copy", "copy"]
+    assert leaving.work == [("wait", ("compute", 3)), "copy"]
+    assert buffer.recorded == [coming, leaving, coming, coming]  # so that it is not reused under a copy
 
 
-def test_cuda_pins_whole_pages_of_about_the_size_and_gives_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_pins_whole_pages_of_about_the_size_and_gives_them_back_with_their_last_view(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cuda = FakeCuda(monkeypatch)
-    copies = CudaCopies(torch.device("cuda"))
-    sizes = [1, PAGE_BYTES, 5 * PAGE_BYTES + 1]
-    buffers = [copies.host_buffer(size) for size in sizes]
-    assert [buffer.numel() for buffer in buffers] == sizes
-    assert [cuda.pinned[buffer.data_ptr()] for buffer in buffers] == [PAGE_BYTES, PAGE_BYTES, 6 * PAGE_BYTES]
-    assert all(buffer.data_ptr() % PAGE_BYTES == 0 for buffer in buffers)
-    del copies
+    device = CudaDevice(torch.device("cuda"))
+    page = mmap.PAGESIZE
+    sizes = [1, page, 5 * page + 1, 0]
+    memories = [device.host(size) for size in sizes]
+    assert [memory.numel() for memory in memories] == sizes
+    assert [cuda.pinned[memory.data_ptr()] for memory in memories[:3]] == [page, page, 6 * page]
+    assert all(memory.data_ptr() % page == 0 for memory in memories[:3]) and len(cuda.pinned) == 3
+    parameter = nn.Parameter(torch.ones(4))
+    parameter.data = memories[2][:16].view(torch.float32)
+    del memories, device
     gc.collect()
-    assert not cuda.pinned and cuda.side.work == ["synchronize"]  # no copy may still read them
-    assert buffers[0].fill_(1).sum() == 1  # what still shows them stays valid
+    assert list(cuda.pinned) == [parameter.data_ptr()]
+    parameter.data.fill_(1)
+    assert [stream.work for stream in cuda.copying] == [["synchronize"] * 2] * 2  # no copy may still read them
+    del parameter
+    gc.collect()
+    assert not cuda.pinned
 
 
-def test_refused_pinning_falls_back_with_a_warning_that_says_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_pinning_falls_back_with_one_warning_that_says_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch, error=2)
-    copies = CudaCopies(torch.device("cuda"))
-    with pytest.warns(UserWarning, match="refused to pin.*CUDA error 2.*slower and do not overlap"):
-        buffer = copies.host_buffer(PAGE_BYTES)
-    assert buffer.numel() == PAGE_BYTES and not cuda.pinned
-    assert cuda.launches_after_error == 1  # which takes the error away from the next kernel
+    device = CudaDevice(torch.device("cuda"))
+    with pytest.warns(UserWarning, match="refused to pin.*CUDA error 2.*slower and do not overlap") as warned:
+        memories = [device.host(4096) for _ in range(3)]
+    assert len(warned) == 1 and not cuda.pinned and cuda.launches_after_error == 3
+    assert all(memory.fill_(1).sum() == 4096 for memory in memories)
+    del memories
+    gc.collect()
+    assert [stream.work for stream in cuda.copying] == [[], []]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import InputError
-from memory.device import CpuCopies, CpuSlot
 from memory.runners import BlockRunner, run_checkpointed, run_plain
 from memory.swap import SwappedBlocks, move_all_but
+from memory.transfers import CpuCopies, CpuSlot
 from tests.memory.tiny_blocks import Block, frozen, inputs, make_blocks, trainable
 
 SETTINGS = {
