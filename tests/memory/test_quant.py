@@ -132,7 +132,7 @@ def test_chunks_of_rows_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = gaussian(37, 192)
     whole = quantize(weight)
     back = dequantize(*whole, torch.bfloat16)
-    monkeypatch.setattr("memory.quant._rows_at_once", lambda in_features, device: 5)
+    monkeypatch.setattr("memory.quant.weights.rows_at_once", lambda in_features, device: 5)
     chunked = quantize(weight)
     assert torch.equal(bits(whole.values), bits(chunked.values)) and torch.equal(whole.scale, chunked.scale)
     assert torch.equal(back, dequantize(*whole, torch.bfloat16))
@@ -210,7 +210,9 @@ def test_nothing_is_kept_without_gradients() -> None:
 def test_autocast_decides_the_dtype_as_for_a_plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = quant_linear(32, 64)
     made: list[torch.dtype] = []
-    monkeypatch.setattr("memory.quant.dequantize", lambda v, s, dtype: made.append(dtype) or dequantize(v, s, dtype))
+    monkeypatch.setattr(
+        "memory.quant.linear.dequantize", lambda v, s, dtype: made.append(dtype) or dequantize(v, s, dtype)
+    )
     x = gaussian(4, 64, std=1.0).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
