@@ -46,7 +46,7 @@ from tqdm import tqdm
 from core.files import fingerprint
 from core.model_files import resolve_model
 from dataset import cache
-from dataset.clips import list_clips
+from dataset.clips import list_clips, without_caption
 from dataset.config import read_dataset_config
 from wan_ext.configs import get_variant
 from wan_ext.text_encoder import load_text_encoder
@@ -67,6 +67,7 @@ def main(options: Options) -> None:
     clips = list_clips(config, spatial_stride=variant.spatial_stride, temporal_stride=variant.vae.stride[0])
 
     encoder = fingerprint(files.t5)
+    clips += [without_caption(clip) for clip in clips if clip.caption_dropout]
     clips = list({clip.text_cache: clip for clip in clips}.values())  # clips cut from one video share its caption
     todo = clips
     if options.skip_existing:

@@ -346,7 +346,9 @@ def main(options: Options) -> None:
         mean_loss = 0.0
         for micro_step in range(options.gradient_accumulation_steps):
             epoch, index = divmod(step * options.gradient_accumulation_steps + micro_step, batches_per_epoch)
-            batch = training_set.load(batches_of(epoch)[index]).to(device)
+            group = batches_of(epoch)[index]
+            chance = generator_for(options.seed, "caption_dropout", step, micro_step, rank)
+            batch = training_set.load(group, dropped=training_set.draw_dropped(group, chance)).to(device)
             generator = generator_for(options.seed, "noise", step, micro_step, rank)
             low, high = expert.interval
             sigma = flow.sample_sigma(len(batch.keys), low=low, high=high, generator=generator, **law)  # [B]

@@ -1,11 +1,13 @@
 """Batches from caches: which clips go together in which order, and the tensors of one batch.
 
-The order is a function of (seed, epoch, rank, world_size) alone. A run that resumes in the middle of an epoch computes
+The order is a function of (seed, epoch, rank, world_size) alone, and which captions are dropped one of the batch's
+generator. A run that resumes in the middle of an epoch computes
 the same list and starts further down in it; nothing about the order is stored.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +19,7 @@ from torch import Tensor
 from core.errors import InputError
 from core.randomness import seed_of
 from dataset import cache
-from dataset.clips import Clip
+from dataset.clips import Clip, without_caption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +89,12 @@ class TrainingSet:
     def batches(self, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, ...]]:
         """The batches of one process in one epoch, as positions in `clips`.
 
-        Within an epoch each clip stands num_repeats times in the batches of all processes together, and a batch holds
-        clips of one data set and one size, batch_size of them or, at the end of a size, fewer. All processes get
-        equally many batches, as their gradients are averaged step by step: where the number of batches does not
-        divide by world_size, the first ones of the epoch's order are given a second time, at most world_size - 1.
+        Within an epoch each clip stands num_repeats * weight times in the batches of all processes together; of a
+        fraction, that share of the clips of each size (rounded up, others in every epoch) stands there once more, so
+        that epochs are equally long. A batch holds clips of one data set and one size, batch_size of them or, at the
+        end of a size, fewer. All processes get equally many batches, as their gradients are averaged step by step:
+        where the number of batches does not divide by world_size, the first ones of the epoch's order are given a
+        second time, at most world_size - 1.
 
         Args:
             seed: of the run.
@@ -106,13 +110,23 @@ class TrainingSet:
         groups += [groups[number % len(groups)] for number in range(missing)]
         return groups[rank::world_size]
 
-    def load(self, group: Sequence[int]) -> Batch:
+    def draw_dropped(self, group: Sequence[int], generator: torch.Generator) -> tuple[bool, ...]:
+        """For each clip of a group, whether this once it is trained with the empty caption."""
+        shares = torch.tensor([self.clips[index].caption_dropout for index in group])
+        return tuple((torch.rand(len(group), generator=generator) < shares).tolist())
+
+    def load(self, group: Sequence[int], *, dropped: Sequence[bool] = ()) -> Batch:
         """Read the caches of one group from `batches`.
+
+        Args:
+            group: positions in `clips`.
+            dropped: of `draw_dropped`; none: all clips keep their captions.
 
         Raises:
             InputError: a cache has been damaged or exchanged since it was verified, or holds a NaN or an infinity.
         """
         clips = [self.clips[index] for index in group]
+        dropped = dropped or (False,) * len(clips)
         videos = [
             cache.read_latents(
                 clip,
@@ -124,7 +138,8 @@ class TrainingSet:
             for clip in clips
         ]
         paths = [cache.read_camera(clip, check_source=False) for clip in clips] if self.need_camera else []
-        contexts = [cache.read_text(clip, encoder=self.text_encoder) for clip in clips]
+        spoken = [without_caption(clip) if drop else clip for clip, drop in zip(clips, dropped, strict=True)]
+        contexts = [cache.read_text(clip, encoder=self.text_encoder) for clip in spoken]
         return Batch(
             keys=tuple(clip.key for clip in clips),
             latents=torch.stack([video.latents for video in videos]),  # [B, C, F, H, W]
@@ -140,12 +155,15 @@ class TrainingSet:
     def _groups(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
         """All batches of an epoch, in the order that the processes share out."""
         generator = random.Random(seed_of(seed, "batches", epoch))
+        chance = random.Random(seed_of(seed, "weights", epoch))
         buckets: dict[tuple[int, ...], list[int]] = {}
         for index, clip in enumerate(self.clips):
-            bucket = buckets.setdefault((clip.dataset, clip.num_frames, clip.height, clip.width), [])
-            bucket += [index] * clip.num_repeats
+            buckets.setdefault((clip.dataset, clip.num_frames, clip.height, clip.width), []).append(index)
         groups = []
-        for bucket in buckets.values():
+        for clips in buckets.values():
+            share, times = math.modf(self.clips[clips[0]].num_repeats * self.clips[clips[0]].weight)
+            bucket = [index for index in clips for _ in range(int(times))]
+            bucket += chance.sample(clips, math.ceil(share * len(clips)))
             generator.shuffle(bucket)
             size = self.clips[bucket[0]].batch_size
             groups += [tuple(bucket[start : start + size]) for start in range(0, len(bucket), size)]
@@ -161,6 +179,8 @@ class TrainingSet:
             condition_channels=self.condition_channels,
             image_context=self.image_context,
         ) or cache.problem(clip, "text", encoder=self.text_encoder)
+        if flaw is None and clip.caption_dropout:
+            flaw = cache.problem(without_caption(clip), "text", encoder=self.text_encoder)
         if flaw is None and self.need_camera:
             flaw = cache.problem(clip, "camera")
         if flaw is not None:

@@ -9,16 +9,24 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from camera.files.settings import CAMERA_SUFFIXES
-from camera.moves.tagged_text import caption_of
-from core.errors import InputError, listing, nearest
+from core.errors import InputError, nearest
 from dataset.buckets import Crop, bucket_size, cover_crop
-from dataset.config import CameraSettings, DatasetConfig, DatasetSettings, FramesDataset, VideoDataset
+from dataset.config import (
+    AnyDataset,
+    CameraSettings,
+    DatasetConfig,
+    DatasetSettings,
+    FramesDataset,
+    ImageDataset,
+    MovingDataset,
+    VideoDataset,
+)
 from dataset.extraction import fit_length, resample, same_rate, windows
-from dataset.video import VIDEO_SUFFIXES, VideoInfo, probe
+from dataset.sources import Source, list_sources
+from dataset.video import VideoInfo, probe
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +48,13 @@ class Clip:
 
     The latent and camera caches are named by source file, first frame, number of frames and size, the text cache by
     the source file alone: clips cut from one video share its caption. Suffixes stay in the names, so that a.mp4 and
-    a.mov are two clips.
+    a.mov are two clips; files that a list names carry a few digits of their path's hash, so that x/a.mp4 and y/a.mp4
+    are two clips.
     """
 
     dataset: int  # position of its table in the TOML, from 0
-    source: Path  # a video, or a folder of frames
+    source: Path  # a video, an image, or a folder of frames
+    source_name: str  # what its caches are called
     num_source_frames: int
     source_fps: float | None  # of the source, before sampling; None where it has no clock
     frame_indices: tuple[int, ...]  # source frames, strictly increasing
@@ -55,6 +65,8 @@ class Clip:
     cache_directory: Path
     batch_size: int
     num_repeats: int
+    weight: float  # num_repeats * weight: how often the clip stands in an epoch
+    caption_dropout: float  # how often it is trained with the empty caption
 
     @property
     def num_frames(self) -> int:
@@ -74,7 +86,7 @@ class Clip:
     @property
     def name(self) -> str:
         """Which frames of which source, such as room.mp4_00000-017; what exclude_clips lists."""
-        return f"{self.source.resolve().name}_{self.frame_indices[0]:05d}-{self.num_frames:03d}"
+        return f"{self.source_name}_{self.frame_indices[0]:05d}-{self.num_frames:03d}"
 
     @property
     def key(self) -> str:
@@ -94,7 +106,12 @@ class Clip:
     @property
     def text_cache(self) -> Path:
         """File of the encoded caption."""
-        return self.cache_directory / f"{self.source.resolve().name}_text.safetensors"
+        return self.cache_directory / f"{self.source_name}_text.safetensors"
+
+
+def without_caption(clip: Clip) -> Clip:
+    """The clip as caption dropout trains it: the empty caption, whose one text cache serves a whole data set."""
+    return replace(clip, caption="", source_name="empty_caption")
 
 
 def list_clips(config: DatasetConfig, *, spatial_stride: int, temporal_stride: int = 4) -> list[Clip]:
@@ -123,13 +140,16 @@ def list_clips(config: DatasetConfig, *, spatial_stride: int, temporal_stride: i
                 f"{dataset.width}x{dataset.height}; the nearest that fits is [{fit[0]}, {fit[1]}], or set "
                 f"enable_bucket = true"
             )
-        lengths = _lengths(where, dataset, temporal_stride)
-        sources = _videos(where, dataset) if isinstance(dataset, VideoDataset) else [_scene(where, dataset)]
-        cut = [
-            clip
-            for source in sources
-            for clip in _clips_of(where, number, dataset, source, lengths, spatial_stride, temporal_stride)
-        ]
+        sources = list_sources(where, dataset)
+        if isinstance(dataset, ImageDataset):
+            cut = [_image(where, number, dataset, source, spatial_stride) for source in sources]
+        else:
+            lengths = _lengths(where, dataset, temporal_stride)
+            cut = [
+                clip
+                for source in sources
+                for clip in _clips_of(where, number, dataset, source, lengths, spatial_stride, temporal_stride)
+            ]
         clips += _without_excluded(where, dataset, cut)
     if not clips:
         raise InputError(
@@ -138,14 +158,7 @@ def list_clips(config: DatasetConfig, *, spatial_stride: int, temporal_stride: i
     return clips
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    path: Path
-    caption: str
-    camera: Path | None
-
-
-def _lengths(where: str, dataset: DatasetSettings, temporal_stride: int) -> list[int]:
+def _lengths(where: str, dataset: MovingDataset, temporal_stride: int) -> list[int]:
     """The clip lengths that the VAE can encode, longest last, each once."""
     name = "max_frames" if dataset.frame_extraction == "full" else "target_frames"
     asked = [dataset.max_frames] if dataset.frame_extraction == "full" else dataset.target_frames
@@ -158,71 +171,61 @@ def _lengths(where: str, dataset: DatasetSettings, temporal_stride: int) -> list
     return sorted(set(fitting.values()))
 
 
-def _videos(where: str, dataset: VideoDataset) -> list[_Source]:
-    if not dataset.folder.is_dir():
-        raise InputError(
-            f"{where} video_directory: expected a folder at {dataset.folder}, found "
-            f"{'a file' if dataset.folder.exists() else 'nothing'}; relative paths start at the current directory, "
-            f"{Path.cwd()}"
-        )
-    videos = sorted(
-        file for file in dataset.folder.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES and not file.name[0] == "."
+def _image(where: str, number: int, dataset: ImageDataset, source: Source, spatial_stride: int) -> Clip:
+    """The one clip of an image."""
+    info = probe(source.path)
+    if info.num_frames != 1:
+        raise InputError(f"{where}: expected an image, found {source.path} of {info.num_frames} frames")
+    return _clip(
+        number,
+        dataset,
+        source,
+        info,
+        crop=_crop(where, dataset, source.path, info, spatial_stride),
+        frame_indices=(0,),
+        source_fps=None,
+        fps=None,
+        camera=None,
     )
-    if not videos:
-        kinds = ", ".join(VIDEO_SUFFIXES)
-        raise InputError(f"{where} video_directory: expected videos ({kinds}) in {dataset.folder}, found none")
-    captions = {video: video.with_suffix(dataset.caption_extension) for video in videos}
-    _require_files(where, "a caption beside every video", list(captions.values()))
-    cameras: dict[Path, Path] = {}
-    if dataset.camera_directory is not None:
-        cameras = {video: _camera_of(where, dataset.camera_directory, video) for video in videos}
-        _require_cameras(where, "a camera file for every video", list(cameras.values()))
-    return [_Source(path=video, caption=_read_caption(captions[video]), camera=cameras.get(video)) for video in videos]
 
 
-def _scene(where: str, dataset: FramesDataset) -> _Source:
-    if dataset.camera_params is not None:
-        _require_cameras(where, "the camera file camera_params", [dataset.camera_params])
-    return _Source(path=dataset.folder, caption=dataset.prompt.strip(), camera=dataset.camera_params)
-
-
-def _camera_of(where: str, folder: Path, video: Path) -> Path:
-    """The camera file of a video, or the folder of its reconstruction; NAME.txt where nothing is there."""
-    candidates = [folder / f"{video.stem}{suffix}" for suffix in CAMERA_SUFFIXES]
-    found = [file for file in candidates if file.is_file()]
-    found += [inner for inner in [folder / video.stem] if inner.is_dir()]
-    if len(found) > 1:
-        raise InputError(
-            f"{where} camera_directory: expected one camera for {video}, found {' and '.join(map(str, found))}; move "
-            "the others"
-        )
-    return found[0] if found else candidates[0]
-
-
-def _require_cameras(where: str, what: str, cameras: Sequence[Path]) -> None:
-    missing = [str(camera) for camera in cameras if not camera.exists()]
-    if missing:
-        raise InputError(f"{where}: expected {what}, missing: {listing(missing)}")
-
-
-def _require_files(where: str, what: str, files: Sequence[Path]) -> None:
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise InputError(f"{where}: expected {what}, missing: {listing(missing)}")
-
-
-def _read_caption(file: Path) -> str:
-    try:
-        return caption_of(file.read_text(encoding="utf-8-sig"))  # without camera tags, which are no words
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: expected a caption in UTF-8, found a byte that is not, at {error.start}") from None
+def _clip(
+    number: int,
+    dataset: AnyDataset,
+    source: Source,
+    info: VideoInfo,
+    *,
+    crop: Crop,
+    frame_indices: tuple[int, ...],
+    source_fps: float | None,
+    fps: float | None,
+    camera: CameraFile | None,
+) -> Clip:
+    """A clip with what it has from its source and its data set."""
+    return Clip(
+        dataset=number,
+        source=source.path,
+        source_name=source.name,
+        num_source_frames=info.num_frames,
+        source_fps=source_fps,
+        frame_indices=frame_indices,
+        fps=fps,
+        crop=crop,
+        caption=source.caption,
+        camera=camera,
+        cache_directory=dataset.cache_directory,
+        batch_size=dataset.batch_size,
+        num_repeats=dataset.num_repeats,
+        weight=dataset.weight,
+        caption_dropout=dataset.caption_dropout,
+    )
 
 
 def _clips_of(
     where: str,
     number: int,
-    dataset: DatasetSettings,
-    source: _Source,
+    dataset: VideoDataset | FramesDataset,
+    source: Source,
     lengths: Sequence[int],
     spatial_stride: int,
     temporal_stride: int,
@@ -249,19 +252,16 @@ def _clips_of(
     file = source.path if dataset.camera.estimate else source.camera
     camera = None if file is None else CameraFile(path=file, settings=dataset.camera)
     return [
-        Clip(
-            dataset=number,
-            source=source.path,
-            num_source_frames=info.num_frames,
-            source_fps=dataset.source_fps or info.fps,
-            frame_indices=tuple(frames[position] for position in window),
-            fps=fps,
+        _clip(
+            number,
+            dataset,
+            source,
+            info,
             crop=crop,
-            caption=source.caption,
+            frame_indices=tuple(frames[position] for position in window),
+            source_fps=dataset.source_fps or info.fps,
+            fps=fps,
             camera=camera,
-            cache_directory=dataset.cache_directory,
-            batch_size=dataset.batch_size,
-            num_repeats=dataset.num_repeats,
         )
         for window in found
     ]
@@ -300,7 +300,7 @@ def _without_excluded(where: str, dataset: DatasetSettings, clips: list[Clip]) -
 
 
 def _sampled_frames(
-    where: str, dataset: DatasetSettings, source: Path, info: VideoInfo
+    where: str, dataset: MovingDataset, source: Path, info: VideoInfo
 ) -> tuple[list[int], float | None]:
     """Source frames at the rate wanted, and that rate."""
     source_fps = dataset.source_fps or info.fps

@@ -2,30 +2,33 @@
 
     [model]       the task and the model's files, once for all commands (flags override it)
     [general]     what all data sets share
-    [[datasets]]  one folder of videos, or one scene as a folder of frames
+    [[datasets]]  one folder or list of videos or images, or one scene as a folder of frames
 
-`KEYS` is the whole schema: which key stands where, what it accepts, its default. docs/datasets.md describes each.
-Imports no torch, so that commands can read a config before they load anything.
+`dataset.keys.KEYS` is the whole schema: which key stands where, what it accepts, its default. docs/datasets.md
+describes each. Imports no torch, so that commands can read a config before they load anything.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import toml
 
-from camera.files.settings import AXES, CAMERA_FORMATS, CAMERA_SUFFIXES, DIRECTIONS, FOV_AXES, CameraFileSettings
+from camera.files.settings import CAMERA_SUFFIXES, CameraFileSettings
 from camera.files.settings import KEYS as SETTING_KEYS
-from camera.scale import PER_CLIP, SCALE_RULES, parse_scale_rule
+from camera.scale import PER_CLIP
 from core.errors import InputError, nearest
-from dataset.extraction import EXTRACTIONS, Extraction
+from dataset.extraction import Extraction
+from dataset.keys import ELSEWHERE, EXTRACTION_KEYS, KEYS, SOURCES, MediaKind
 
 MODEL_KEYS = ("task", "ckpt_dir", "dit", "dit_high_noise", "vae", "t5", "tokenizer", "clip")
 RESAMPLED_FPS = 16.0  # the rate that source_fps alone asks for, as in musubi-tuner: Wan 14B and 1.3B were trained at it
+CAMERA_FILE_KEYS = {key: setting for setting, key in SETTING_KEYS.items()}  # key -> field of CameraFileSettings
+CAMERA_KEYS = (*CAMERA_FILE_KEYS, "pose_frame", "camera_scale", "camera_fps")
+ESTIMATE_KEYS = ("camera_fov", "fov_axis", "pose_frame", "camera_scale")  # those that act without a camera file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +43,25 @@ class CameraSettings(CameraFileSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSettings:
-    """What a folder of videos and a scene of frames have in common: one [[datasets]] table, defaults filled in."""
+    """What all data sets have in common: one [[datasets]] table, defaults filled in."""
 
     table: str  # "[[datasets]] 2", for messages
-    folder: Path
     cache_directory: Path
     height: int
     width: int
     batch_size: int
     num_repeats: int
+    weight: float  # num_repeats * weight is how often a clip stands in an epoch
+    caption_dropout: float  # how often a clip is trained with the empty caption
     enable_bucket: bool
     bucket_no_upscale: bool
+    exclude_clips: Path | None  # a list of clips to leave out
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingDataset(DatasetSettings):
+    """Videos or frames: which frames become clips, and how cameras are read."""
+
     target_frames: tuple[int, ...]  # empty for frame_extraction "full"
     frame_extraction: Extraction
     frame_stride: int
@@ -58,24 +69,41 @@ class DatasetSettings:
     max_frames: int
     source_fps: float | None
     target_fps: float | None
-    exclude_clips: Path | None  # a list of clips to leave out
     camera: CameraSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoDataset(DatasetSettings):
-    """A folder of videos, each with a caption file beside it and, where there are cameras, a file of poses."""
+class VideoDataset(MovingDataset):
+    """A folder of videos, each with a caption file beside it and, where there are cameras, a file of poses.
 
+    Or a list of them: one JSON object a line, which names video, caption and camera file.
+    """
+
+    folder: Path | None
+    jsonl_file: Path | None  # one of the two is given
     caption_extension: str
     camera_directory: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class FramesDataset(DatasetSettings):
+class FramesDataset(MovingDataset):
     """One scene: a folder of frames, one prompt, and, where there is a camera, one file of poses."""
 
+    folder: Path
     prompt: str
     camera_params: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDataset(DatasetSettings):
+    """A folder of images, each with a caption file beside it, or a list of them: clips of one frame."""
+
+    folder: Path | None
+    jsonl_file: Path | None  # one of the two is given
+    caption_extension: str
+
+
+AnyDataset = VideoDataset | FramesDataset | ImageDataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,130 +112,7 @@ class DatasetConfig:
 
     path: Path
     model: Mapping[str, str]
-    datasets: tuple[VideoDataset | FramesDataset, ...]
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError("a whole number of at least 1")
-    return value
-
-
-def _rate(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
-        raise ValueError("a number of frames per second above 0")
-    return float(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("text in quotes")
-    return value
-
-
-def _path(value: Any) -> Path:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("a path in quotes")
-    return Path(value).expanduser()
-
-
-def _extension(value: Any) -> str:
-    if not isinstance(value, str) or not value.startswith(".") or len(value) < 2 or "/" in value:
-        raise ValueError('a file extension with its dot, such as ".txt"')
-    return value
-
-
-def _size(value: Any) -> tuple[int, int]:
-    sides = [value, value] if isinstance(value, int) else value
-    if not isinstance(sides, list) or len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-        raise ValueError("[width, height] in whole pixels, or one number for a square")
-    return sides[1], sides[0]  # height before width from here on
-
-
-def _lengths(value: Any) -> tuple[int, ...]:
-    lengths = [value] if isinstance(value, int) else value
-    if not isinstance(lengths, list) or not lengths or any(type(length) is not int or length < 1 for length in lengths):
-        raise ValueError("a list of frame numbers of at least 1, such as [49]")
-    return tuple(lengths)
-
-
-def _angle(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < 180):
-        raise ValueError("an angle in degrees between 0 and 180")
-    return float(value)
-
-
-def _scale_rule(value: Any) -> str:
-    try:
-        return parse_scale_rule(value if isinstance(value, str) else "")
-    except InputError:
-        hint = nearest(value, SCALE_RULES) if isinstance(value, str) else ""
-        raise ValueError(f"a scale rule ({', '.join(SCALE_RULES)}){hint}") from None
-
-
-def _choice(*known: str) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if value not in known:
-            hint = nearest(value, known) if isinstance(value, str) else ""
-            raise ValueError("one of " + ", ".join(f'"{name}"' for name in known) + hint)
-        return value
-
-    return read
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key of the schema."""
-
-    read: Callable[[Any], Any]  # raises ValueError(what was expected)
-    default: Any  # in the form that `read` returns; None where the docs say what its absence means
-    general: bool = False  # may stand in [general] as well
-    kind: Literal["any", "video", "frames"] = "any"  # which kind of data set it belongs to
-
-
-KEYS: dict[str, Key] = {
-    "resolution": Key(_size, (544, 960), general=True),
-    "batch_size": Key(_whole, 1, general=True),
-    "num_repeats": Key(_whole, 1, general=True),
-    "enable_bucket": Key(_flag, False, general=True),
-    "bucket_no_upscale": Key(_flag, False, general=True),
-    "caption_extension": Key(_extension, ".txt", general=True, kind="video"),
-    "video_directory": Key(_path, None, kind="video"),
-    "frames_directory": Key(_path, None, kind="frames"),
-    "cache_directory": Key(_path, None),
-    "target_frames": Key(_lengths, None),
-    "frame_extraction": Key(_choice(*EXTRACTIONS), "head"),
-    "frame_stride": Key(_whole, 1),
-    "frame_sample": Key(_whole, 1),
-    "max_frames": Key(_whole, 129),
-    "source_fps": Key(_rate, None),
-    "target_fps": Key(_rate, None),
-    "exclude_clips": Key(_path, None),
-    "camera_directory": Key(_path, None, kind="video"),
-    "camera_params": Key(_path, None, kind="frames"),
-    "camera_format": Key(_choice(*CAMERA_FORMATS), "auto"),
-    "camera_direction": Key(_choice(*DIRECTIONS), None),
-    "camera_axes": Key(_choice(*AXES), None),
-    "camera_fov": Key(_angle, None),
-    "camera_name": Key(_text, None),
-    "camera_size": Key(_size, None),
-    "fov_axis": Key(_choice(*FOV_AXES), "horizontal"),
-    "pose_frame": Key(_choice("scene", "first"), None),
-    "camera_scale": Key(_scale_rule, "none"),
-    "camera_fps": Key(_rate, None),
-    "estimate_camera": Key(_flag, False),
-    "prompt": Key(_text, None, kind="frames"),
-}
-CAMERA_FILE_KEYS = {key: setting for setting, key in SETTING_KEYS.items()}  # key -> field of CameraFileSettings
-CAMERA_KEYS = (*CAMERA_FILE_KEYS, "pose_frame", "camera_scale", "camera_fps")
-ESTIMATE_KEYS = ("camera_fov", "fov_axis", "pose_frame", "camera_scale")  # those that act without a camera file
-EXTRACTION_KEYS = {"frame_stride": "slide", "frame_sample": "uniform", "max_frames": "full"}
+    datasets: tuple[AnyDataset, ...]
 
 
 def read_dataset_config(path: Path | str) -> DatasetConfig:
@@ -242,7 +147,7 @@ def read_dataset_config(path: Path | str) -> DatasetConfig:
     tables = content.get("datasets", [])
     if not isinstance(tables, list) or not tables:
         raise InputError(
-            f"{path}: expected at least one [[datasets]] table with a video_directory or a frames_directory, found none"
+            f"{path}: expected at least one [[datasets]] table with one of {', '.join(SOURCES)}, found none"
         )
     datasets = tuple(_dataset(path, f"[[datasets]] {number}", table, shared) for number, table in enumerate(tables, 1))
     if general.get("bucket_no_upscale") and not any(dataset.enable_bucket for dataset in datasets):
@@ -283,12 +188,15 @@ def _read_table(path: Path, where: str, table: Mapping[str, Any], *, known: list
     """The given keys, each in its own type."""
     values = {}
     for name, value in table.items():
+        if name in ELSEWHERE:
+            raise InputError(f"{path}, {where} {name}: {ELSEWHERE[name]}; remove it")
         if name not in known:
             hint = nearest(name, known)
             if name in KEYS and where == "[general]":
                 hint = "; it belongs into a [[datasets]] table"
             elif name in KEYS:
-                hint = f"; it belongs to a data set with {KEYS[name].kind}_directory"
+                owners = [source for source, kind in SOURCES.items() if kind in KEYS[name].kinds]
+                hint = f"; it belongs to a data set with {' or '.join(owners)}"
             raise InputError(f"{path}, {where}: unknown key {name!r}{hint}")
         try:
             values[name] = KEYS[name].read(value)
@@ -297,79 +205,109 @@ def _read_table(path: Path, where: str, table: Mapping[str, Any], *, known: list
     return values
 
 
-def _dataset(path: Path, where: str, table: Any, shared: Mapping[str, Any]) -> VideoDataset | FramesDataset:
+def _dataset(path: Path, where: str, table: Any, shared: Mapping[str, Any]) -> AnyDataset:
     _require_table(path, where, table)
-    kinds = [kind for kind in ("video", "frames") if f"{kind}_directory" in table]
-    if len(kinds) != 1:
-        unknown = [f"{name!r}{nearest(name, KEYS)}" for name in table if name not in KEYS]
+    sources = [key for key in SOURCES if key in table]
+    if len(sources) != 1:
+        unknown = [f"{name!r}{nearest(name, KEYS)}" for name in table if name not in KEYS and name not in ELSEWHERE]
         raise InputError(
-            f"{path}, {where}: expected either video_directory (a folder of videos) or frames_directory (one scene as "
-            f"a folder of frames), found {'both' if kinds else 'neither'}"
+            f"{path}, {where}: expected one of {', '.join(SOURCES)}, found {' and '.join(sources) or 'none'}"
             + (f"; unknown key {unknown[0]}" if unknown else "")
         )
-    known = [name for name, key in KEYS.items() if key.kind in ("any", kinds[0])]
+    kind = SOURCES[sources[0]]
+    known = [name for name, key in KEYS.items() if kind in key.kinds]
     given = _read_table(path, where, table, known=known)
-    _require_effect(path, where, given, {**shared, **given})
+    _require_effect(path, where, given, {**shared, **given}, kind)
 
     values = {name: KEYS[name].default for name in known} | {k: v for k, v in shared.items() if k in known} | given
-    height, width = values["resolution"]
+    folder, jsonl_file = values.get(f"{kind}_directory"), values.get(f"{kind}_jsonl_file")
+    settings: dict[str, Any] = {
+        "table": where,
+        "cache_directory": values["cache_directory"] or folder,
+        "height": values["resolution"][0],
+        "width": values["resolution"][1],
+    }
+    for name in (
+        *("batch_size", "num_repeats", "weight", "caption_dropout"),
+        *("enable_bucket", "bucket_no_upscale", "exclude_clips"),
+    ):
+        settings[name] = values[name]
+    if kind == "image":
+        extension = values["caption_extension"]
+        return ImageDataset(folder=folder, jsonl_file=jsonl_file, caption_extension=extension, **settings)
+    settings |= _moving(values, kind)
+    if kind == "frames":
+        return FramesDataset(
+            folder=values["frames_directory"],
+            prompt=values["prompt"],
+            camera_params=values["camera_params"],
+            **settings,
+        )
+    if folder is not None:
+        _require_cameras_beside_captions(path, where, values)
+    return VideoDataset(
+        folder=folder,
+        jsonl_file=jsonl_file,
+        caption_extension=values["caption_extension"],
+        camera_directory=values["camera_directory"],
+        **settings,
+    )
+
+
+def _moving(values: Mapping[str, Any], kind: MediaKind) -> dict[str, Any]:
+    """The settings of a data set whose clips have more than one frame."""
     source_fps, target_fps = values["source_fps"], values["target_fps"]
     if target_fps is None and source_fps is not None:
         target_fps = min(source_fps, RESAMPLED_FPS)
     settings: dict[str, Any] = {
-        "table": where,
-        "height": height,
-        "width": width,
+        name: values[name] for name in ("frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
+    }
+    return settings | {
         "target_fps": target_fps,
         "target_frames": values["target_frames"] or (),
         "camera": CameraSettings(
             **{field: values[key] for key, field in CAMERA_FILE_KEYS.items()},
-            pose_frame=values["pose_frame"]
-            or ("first" if kinds == ["video"] or values["estimate_camera"] else "scene"),
+            pose_frame=values["pose_frame"] or _default_pose_frame(values, kind),
             scale=values["camera_scale"],
             fps=values["camera_fps"],
             estimate=values["estimate_camera"],
         ),
     }
-    for name in (
-        *("batch_size", "num_repeats", "enable_bucket", "bucket_no_upscale"),
-        *("frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps"),
-        "exclude_clips",
-    ):
-        settings[name] = values[name]
-    if kinds == ["video"]:
-        folder = values["video_directory"]
-        camera_directory, extension = values["camera_directory"], values["caption_extension"]
-        shared_folder = camera_directory is not None and camera_directory.resolve() == folder.resolve()
-        if shared_folder and extension in CAMERA_SUFFIXES and values["camera_format"] != "tagged":
-            raise InputError(
-                f"{path}, {where} camera_directory: camera files and captions would be the same NAME{extension} in "
-                f"{folder}; move the camera files, set another caption_extension, or, where captions carry camera "
-                'tags, camera_format = "tagged"'
-            )
-        return VideoDataset(
-            folder=folder,
-            cache_directory=values["cache_directory"] or folder,
-            caption_extension=extension,
-            camera_directory=camera_directory,
-            **settings,
+
+
+def _default_pose_frame(values: Mapping[str, Any], kind: MediaKind) -> Literal["scene", "first"]:
+    return "first" if kind == "video" or values.get("estimate_camera") else "scene"
+
+
+def _require_cameras_beside_captions(path: Path, where: str, values: Mapping[str, Any]) -> None:
+    """Refuse a folder in which a caption and a camera file would be one file."""
+    folder, cameras, extension = values["video_directory"], values["camera_directory"], values["caption_extension"]
+    same_folder = cameras is not None and cameras.resolve() == folder.resolve()
+    if same_folder and extension in CAMERA_SUFFIXES and values["camera_format"] != "tagged":
+        raise InputError(
+            f"{path}, {where} camera_directory: camera files and captions would be the same NAME{extension} in "
+            f"{folder}; move the camera files, set another caption_extension, or, where captions carry camera "
+            'tags, camera_format = "tagged"'
         )
-    folder = values["frames_directory"]
-    return FramesDataset(
-        folder=folder,
-        cache_directory=values["cache_directory"] or folder,
-        prompt=values["prompt"],
-        camera_params=values["camera_params"],
-        **settings,
-    )
 
 
-def _require_effect(path: Path, where: str, given: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
+def _require_effect(
+    path: Path, where: str, given: Mapping[str, Any], merged: Mapping[str, Any], kind: MediaKind
+) -> None:
     """Refuse what is missing, and what is given but would change nothing."""
 
     def refuse(name: str, problem: str) -> None:
         raise InputError(f"{path}, {where} {name}: {problem}")
 
+    listed = next((name for name in given if name.endswith("_jsonl_file")), None)
+    if listed and "cache_directory" not in given:
+        refuse("cache_directory", f"not given; expected a folder for the caches of what {listed} lists")
+    if listed and "caption_extension" in given:
+        refuse("caption_extension", f"does nothing with {listed}, whose lines hold the captions")
+    if given.get("bucket_no_upscale") and not merged.get("enable_bucket", False):
+        refuse("bucket_no_upscale", "does nothing without enable_bucket = true")
+    if kind == "image":
+        return
     extraction = merged.get("frame_extraction", KEYS["frame_extraction"].default)
     if extraction == "full" and "target_frames" in given:
         refuse("target_frames", 'does nothing with frame_extraction = "full", which takes whole videos; set max_frames')
@@ -378,14 +316,14 @@ def _require_effect(path: Path, where: str, given: Mapping[str, Any], merged: Ma
     for name, owner in EXTRACTION_KEYS.items():
         if name in given and extraction != owner:
             refuse(name, f'does nothing with frame_extraction = "{extraction}"; it belongs to "{owner}"')
-    if given.get("bucket_no_upscale") and not merged.get("enable_bucket", False):
-        refuse("bucket_no_upscale", "does nothing without enable_bucket = true")
-    cameras = "camera_directory" if "video_directory" in given else "camera_params"
+    cameras = "camera_params" if kind == "frames" else "camera_directory"
+    if listed and cameras in given:
+        refuse(cameras, f'does nothing with {listed}; name each camera file in its line, as "camera"')
     estimated = given.get("estimate_camera", False)
     if estimated and cameras in given:
         refuse("estimate_camera", f"cameras come from {cameras} or from the frames, found both; remove one")
     for name in CAMERA_KEYS:
-        if name in given and cameras not in given and not estimated:
+        if name in given and cameras not in given and not estimated and not listed:
             refuse(name, f"does nothing without {cameras} or estimate_camera = true")
         if name in given and estimated and name not in ESTIMATE_KEYS:
             refuse(name, "does nothing with estimate_camera = true, which reads no camera file")
@@ -396,14 +334,13 @@ def _require_effect(path: Path, where: str, given: Mapping[str, Any], merged: Ma
             "pose_frame",
             'expected "first" with estimate_camera = true, found "scene"; each clip gets coordinates of its own',
         )
-    if "frames_directory" in given:
+    if kind == "frames":
         if "prompt" not in given:
             refuse("prompt", "not given; expected the caption of the scene, as text in quotes")
-        if "target_fps" in given and "source_fps" not in given:
-            refuse("target_fps", "frames in a folder have no frame rate; give source_fps as well")
-        if "camera_fps" in given and "source_fps" not in given:
-            refuse("camera_fps", "frames in a folder have no frame rate; give source_fps as well")
-    pose_frame = given.get("pose_frame", "first" if "video_directory" in given or estimated else "scene")
+        for name in ("target_fps", "camera_fps"):
+            if name in given and "source_fps" not in given:
+                refuse(name, "frames in a folder have no frame rate; give source_fps as well")
+    pose_frame = given.get("pose_frame") or _default_pose_frame(given, kind)
     if given.get("camera_scale") in PER_CLIP and pose_frame != "first":
         refuse(
             "camera_scale",
@@ -412,7 +349,7 @@ def _require_effect(path: Path, where: str, given: Mapping[str, Any], merged: Ma
         )
 
 
-def _require_own_caches(path: Path, datasets: tuple[VideoDataset | FramesDataset, ...]) -> None:
+def _require_own_caches(path: Path, datasets: tuple[AnyDataset, ...]) -> None:
     owners: dict[Path, DatasetSettings] = {}
     for dataset in datasets:
         other = owners.setdefault(dataset.cache_directory.resolve(), dataset)

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import torch
 from av.container import InputContainer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from core.errors import InputError
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".webp", ".bmp")
 CONSTANT_RATE_FACTOR = 12  # H.264 quality: below about 17 a viewer sees no difference to the source
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """What a source holds. `fps` is None for a folder of frames, which has no clock."""
+    """What a source holds. `fps` is None for an image and a folder of frames, which have no clock."""
 
     num_frames: int
     fps: float | None
@@ -67,6 +68,9 @@ def probe(source: Path) -> VideoInfo:
         frames = list_frames(source)
         height, width, _ = _read_image(frames[0]).shape
         return VideoInfo(num_frames=len(frames), fps=None, height=height, width=width)
+    if source.suffix.lower() in IMAGE_SUFFIXES:
+        height, width, _ = _read_image(source).shape
+        return VideoInfo(num_frames=1, fps=None, height=height, width=width)
     with _open_video(source) as container:
         stream = _picture_track(container)
         packets = [packet for packet in container.demux(stream) if packet.size]
@@ -96,8 +100,8 @@ def decode(source: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
     Raises:
         InputError: the source cannot be decoded or ends before the last frame asked for.
     """
-    if source.is_dir():
-        frames = list_frames(source)
+    if source.is_dir() or source.suffix.lower() in IMAGE_SUFFIXES:
+        frames = list_frames(source) if source.is_dir() else [source]
         if indices[-1] >= len(frames):
             raise InputError(f"{source}: expected at least {indices[-1] + 1} frames, found {len(frames)}")
         for index in indices:
@@ -270,6 +274,6 @@ def _read_image(file: Path) -> np.ndarray:
         with Image.open(file) as image:
             if image.mode not in ("L", "P", "RGB", "RGBA"):
                 raise InputError(f"{file}: expected 8-bit colour or grey, found mode {image.mode}; convert the frames")
-            return np.array(image.convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))  # upright, where a camera turned it
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{file}: cannot be decoded as an image ({error}); write the frame again") from None

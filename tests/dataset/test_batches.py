@@ -1,5 +1,6 @@
 """Laws of batches: every clip its number of times, the order a function of its arguments, sizes never mixed."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from core.errors import InputError
 from dataset import cache
 from dataset.batches import TrainingSet
 from dataset.cameras import read_clip_camera
+from dataset.clips import without_caption
 
 CONTEXT_LENGTHS = (3, 9, 5)
 # Seed 3, epoch 2. If this changes, a run cannot be resumed or repeated with another version.
@@ -52,6 +54,41 @@ def test_in_one_process_every_clip_stands_exactly_its_number_of_times(training_s
     for epoch in range(3):
         counts = Counter(flat(training_set.batches(seed=7, epoch=epoch)))
         assert counts == {index: clip.num_repeats for index, clip in enumerate(training_set.clips)}
+
+
+@pytest.mark.parametrize(("weight", "fewest", "most"), [(0.4, 0, 1), (1.0, 1, 1), (2.5, 2, 3)])
+def test_a_weight_is_how_often_a_clip_stands_in_an_epoch_on_average(world, weight, fewest, most):
+    for number in range(5):
+        world.add_video(f"{number}.mp4")
+    clips = cached(world.clips(weight=weight))
+    training_set = TrainingSet(clips, need_camera=True)
+    counts: Counter[int] = Counter()
+    for epoch in range(40):
+        order = flat(training_set.batches(seed=0, epoch=epoch))
+        assert len(order) == math.ceil(len(clips) * weight)  # every epoch is as long as the others
+        assert all(fewest <= order.count(index) <= most for index in range(len(clips)))
+        counts.update(order)
+    expected = 40 * len(order) / len(clips)
+    assert all(0.6 * expected < counts[index] < 1.4 * expected for index in range(len(clips)))
+
+
+def test_a_dropped_caption_is_the_empty_one(world):
+    world.add_video("a.mp4")
+    world.add_video("b.mp4")
+    clips = cached(world.clips(caption_dropout=0.5))
+    with pytest.raises(InputError, match=r"empty_caption_text.*cache_text.py"):
+        TrainingSet(clips, need_camera=True)
+    cache.write_text(without_caption(clips[0]), torch.full((1, 8), -1.0), encoder=T5)
+    training_set = TrainingSet(clips, need_camera=True)
+    plain, dropped = training_set.load([0, 1]), training_set.load([0, 1], dropped=(False, True))
+    assert torch.equal(dropped.context[0], plain.context[0])
+    assert (dropped.context[1, :1] == -1).all() and (dropped.context[1, 1:] == 0).all()
+    assert torch.equal(dropped.latents, plain.latents)
+    draws = [training_set.draw_dropped([0, 1], torch.Generator().manual_seed(seed)) for seed in range(200)]
+    assert 0.4 < sum(map(sum, draws)) / 400 < 0.6
+    assert draws[7] == training_set.draw_dropped([0, 1], torch.Generator().manual_seed(7))
+    never = TrainingSet(cached(world.clips()), need_camera=True)
+    assert not any(any(never.draw_dropped([0, 1], torch.Generator().manual_seed(seed))) for seed in range(50))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 20])

@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 
 from camera.files.formats import FORMATS
 from core.errors import InputError
-from dataset.config import KEYS, MODEL_KEYS, FramesDataset, VideoDataset, read_dataset_config
+from dataset.config import MODEL_KEYS, FramesDataset, ImageDataset, VideoDataset, read_dataset_config
+from dataset.keys import ELSEWHERE, KEYS
 
 VIDEOS = '[[datasets]]\nvideo_directory = "v"\ntarget_frames = [17]\n'
 FRAMES = '[[datasets]]\nframes_directory = "f"\ntarget_frames = [17]\nprompt = "a room"\n'
+
+IMAGES = '[[datasets]]\nimage_directory = "i"\n'
+LIST = "[[datasets]]\nvideo_jsonl_file = 'v.jsonl'\ntarget_frames = [17]\ncache_directory = 'c'\n"
 
 
 def read(tmp_path, text):
@@ -89,6 +93,39 @@ def test_defaults(tmp_path):
     assert videos.camera.pose_frame == "first" and scene.camera.pose_frame == "scene"
 
 
+def test_lists_and_images(tmp_path):
+    images, videos, listed = read(
+        tmp_path,
+        """
+        [general]
+        caption_extension = ".caption"
+        caption_dropout = 0.1
+        [[datasets]]
+        image_directory = "i"
+        weight = 0.5
+        [[datasets]]
+        video_jsonl_file = "v.jsonl"
+        cache_directory = "c"
+        target_frames = [17]
+        pose_frame = "scene"
+        [[datasets]]
+        image_jsonl_file = "i.jsonl"
+        cache_directory = "d"
+        caption_dropout = 0.0
+        """,
+    ).datasets
+    assert isinstance(images, ImageDataset) and isinstance(videos, VideoDataset) and isinstance(listed, ImageDataset)
+    assert (images.folder, images.jsonl_file, images.cache_directory) == (Path("i"), None, Path("i"))
+    assert (images.weight, videos.weight, images.caption_dropout, listed.caption_dropout) == (0.5, 1.0, 0.1, 0.0)
+    assert (videos.folder, videos.jsonl_file, videos.camera.pose_frame) == (None, Path("v.jsonl"), "scene")
+    assert (listed.folder, listed.jsonl_file) == (None, Path("i.jsonl"))
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_keys_of_other_models_say_why_they_stand_for_nothing(tmp_path, name):
+    assert ELSEWHERE[name] in error(tmp_path, IMAGES + f"{name} = true\n")
+
+
 def test_source_fps_alone_asks_for_the_rate_that_wan_knows(tmp_path):
     def target(keys):
         return read(tmp_path, VIDEOS + keys).datasets[0].target_fps
@@ -143,8 +180,16 @@ def test_home_folder_and_byte_order_mark(tmp_path):
         (VIDEOS + "bucket_no_upscale = true\n", ["bucket_no_upscale", "enable_bucket"]),
         ("[general]\nbucket_no_upscale = true\n" + VIDEOS, ["bucket_no_upscale", "enable_bucket"]),
         (VIDEOS + "camera_directory = 'v'\n", ["camera_directory", "captions"]),
-        (VIDEOS + 'frames_directory = "f"\n', ["video_directory", "frames_directory", "both"]),
-        ("[[datasets]]\nvideo_directry = 'v'\n", ["neither", "'video_directry'", "'video_directory'"]),
+        (VIDEOS + 'frames_directory = "f"\n', ["found video_directory and frames_directory"]),
+        ("[[datasets]]\nvideo_directry = 'v'\n", ["found none", "'video_directry'", "'video_directory'"]),
+        (VIDEOS + "caption_dropout = 1\n", ["caption_dropout", "below 1"]),
+        (VIDEOS + "weight = 0\n", ["weight", "above 0"]),
+        (VIDEOS + "control_directory = 'c'\n", ["control_directory", "control video", "remove it"]),
+        (IMAGES + "target_frames = [17]\n", ["'target_frames'", "video_directory or video_jsonl_file"]),
+        (IMAGES + "camera_directory = 'k'\n", ["'camera_directory'", "video_directory"]),
+        (LIST.replace("cache_directory = 'c'\n", ""), ["cache_directory", "not given", "video_jsonl_file"]),
+        (LIST + "caption_extension = '.txt'\n", ["caption_extension", "does nothing", "lines"]),
+        (LIST + "camera_directory = 'k'\n", ["camera_directory", "does nothing", '"camera"']),
         ("[general]\nbatch_size = 1\n", ["[[datasets]]", "none"]),
         ("datasets = 3\n", ["[[datasets]]"]),
         ("datasets = [3]\n", ["[[datasets]] 1", "table"]),

@@ -1,0 +1,199 @@
+"""Where the clips of a data set come from: a folder, a list with one JSON object a line, or one scene of frames.
+
+A line of a list names a video or an image (`video_path`, `image_path`), its `caption`, and, of a video, its `camera`:
+
+    {"video_path": "videos/hall.mp4", "caption": "a hall", "camera": "cameras/hall.txt"}
+
+Relative paths start at the current directory, as in the TOML.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from camera.files.settings import CAMERA_SUFFIXES
+from camera.moves.tagged_text import caption_of
+from core.errors import InputError, listing, nearest
+from core.files import text_hash
+from dataset.config import AnyDataset, FramesDataset, ImageDataset, VideoDataset
+from dataset.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One video, image or folder of frames."""
+
+    path: Path
+    name: str  # what its caches are called; unique within a data set
+    caption: str
+    camera: Path | None
+
+
+def list_sources(where: str, dataset: AnyDataset) -> list[Source]:
+    """The sources of one data set, in the order of their names, or of a list's lines.
+
+    Args:
+        where: file and table, for messages.
+        dataset: from `read_dataset_config`.
+
+    Raises:
+        InputError: a folder, file, caption or camera file is missing, a list cannot be read, or names a file twice.
+    """
+    if isinstance(dataset, FramesDataset):
+        return [_scene(where, dataset)]
+    if dataset.jsonl_file is not None:
+        return _listed(where, dataset, dataset.jsonl_file)
+    assert dataset.folder is not None
+    return _folder(where, dataset, dataset.folder)
+
+
+def _scene(where: str, dataset: FramesDataset) -> Source:
+    if dataset.camera_params is not None:
+        _require_cameras(where, "the camera file camera_params", [dataset.camera_params])
+    return Source(
+        path=dataset.folder,
+        name=dataset.folder.resolve().name,
+        caption=dataset.prompt.strip(),
+        camera=dataset.camera_params,
+    )
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _folder(where: str, dataset: VideoDataset | ImageDataset, folder: Path) -> list[Source]:
+    kind = "video" if isinstance(dataset, VideoDataset) else "image"
+    suffixes = VIDEO_SUFFIXES if kind == "video" else IMAGE_SUFFIXES
+    if not folder.is_dir():
+        raise InputError(
+            f"{where} {kind}_directory: expected a folder at {folder}, found "
+            f"{'a file' if folder.exists() else 'nothing'}; relative paths start at the current directory, "
+            f"{Path.cwd()}"
+        )
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes and not file.name[0] == ".")
+    if not files:
+        raise InputError(f"{where} {kind}_directory: expected {kind}s ({', '.join(suffixes)}) in {folder}, found none")
+    captions = {file: file.with_suffix(dataset.caption_extension) for file in files}
+    _require_files(where, f"a caption beside every {kind}", list(captions.values()))
+    cameras: dict[Path, Path] = {}
+    if isinstance(dataset, VideoDataset) and dataset.camera_directory is not None:
+        cameras = {file: _camera_of(where, dataset.camera_directory, file) for file in files}
+        _require_cameras(where, "a camera file for every video", list(cameras.values()))
+    return [
+        Source(path=file, name=file.name, caption=_read_caption(captions[file]), camera=cameras.get(file))
+        for file in files
+    ]
+
+
+def _camera_of(where: str, folder: Path, video: Path) -> Path:
+    """The camera file of a video, or the folder of its reconstruction; NAME.txt where nothing is there."""
+    candidates = [folder / f"{video.stem}{suffix}" for suffix in CAMERA_SUFFIXES]
+    found = [file for file in candidates if file.is_file()]
+    found += [inner for inner in [folder / video.stem] if inner.is_dir()]
+    if len(found) > 1:
+        raise InputError(
+            f"{where} camera_directory: expected one camera for {video}, found {' and '.join(map(str, found))}; move "
+            "the others"
+        )
+    return found[0] if found else candidates[0]
+
+
+def _require_cameras(where: str, what: str, cameras: Sequence[Path]) -> None:
+    missing = [str(camera) for camera in cameras if not camera.exists()]
+    if missing:
+        raise InputError(f"{where}: expected {what}, missing: {listing(missing)}")
+
+
+def _require_files(where: str, what: str, files: Sequence[Path]) -> None:
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise InputError(f"{where}: expected {what}, missing: {listing(missing)}")
+
+
+def _read_caption(file: Path) -> str:
+    try:
+        return caption_of(file.read_text(encoding="utf-8-sig"))  # without camera tags, which are no words
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: expected a caption in UTF-8, found a byte that is not, at {error.start}") from None
+
+
+# ---- lists -----------------------------------------------------------------------------------------------------------
+
+
+def _listed(where: str, dataset: VideoDataset | ImageDataset, file: Path) -> list[Source]:
+    is_video = isinstance(dataset, VideoDataset)
+    path_key = "video_path" if is_video else "image_path"
+    known = (path_key, "caption", "camera") if is_video else (path_key, "caption")
+    lines: dict[Path, int] = {}
+    sources = []
+    for number, text in enumerate(_lines(where, file), 1):
+        if not text.strip():
+            continue
+        at = f"{file}, line {number}"
+        entry = _entry(at, text, known)
+        path = Path(_required_text(at, entry, path_key)).expanduser()
+        if not path.exists():
+            raise InputError(f"{at} {path_key}: expected a file at {path}, found nothing; paths start at {Path.cwd()}")
+        other = lines.setdefault(path.resolve(), number)
+        if other != number:
+            raise InputError(f"{at} {path_key}: expected each file once, found {path} in line {other} too")
+        camera = Path(_required_text(at, entry, "camera")).expanduser() if "camera" in entry else None
+        if camera is not None and isinstance(dataset, VideoDataset) and dataset.camera.estimate:
+            raise InputError(f"{at} camera: does nothing with estimate_camera = true; remove one of the two")
+        if camera is not None and not camera.exists():
+            raise InputError(f"{at} camera: expected a file at {camera}, found nothing; paths start at {Path.cwd()}")
+        if not isinstance(entry.get("caption"), str):
+            raise InputError(f"{at} caption: expected text, found {entry.get('caption')!r}")
+        sources.append(Source(path=path, name=_unique_name(path), caption=caption_of(entry["caption"]), camera=camera))
+    if not sources:
+        raise InputError(f"{where}: expected lines in {file}, found none")
+    without = [source for source in sources if source.camera is None]
+    if without and len(without) < len(sources):
+        raise InputError(
+            f"{file}, line {lines[without[0].path.resolve()]}: expected a camera in every line or in none, found none "
+            f"here ({len(without)} of {len(sources)} lines)"
+        )
+    return sources
+
+
+def _lines(where: str, file: Path) -> list[str]:
+    if not file.is_file():
+        raise InputError(
+            f"{where}: expected a list at {file}, found {'a folder' if file.is_dir() else 'nothing'}; relative paths "
+            f"start at the current directory, {Path.cwd()}"
+        )
+    try:
+        return file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: expected text in UTF-8, found a byte that is not, at {error.start}") from None
+
+
+def _entry(at: str, text: str, known: Sequence[str]) -> dict[str, Any]:
+    try:
+        entry = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{at}: expected one JSON object, found a mistake ({error})") from None
+    if not isinstance(entry, dict):
+        raise InputError(f"{at}: expected a JSON object such as {{{known[0]!r}: ...}}, found {text.strip()[:40]}")
+    for key in entry:
+        if key.startswith("control_path"):
+            raise InputError(f"{at} {key}: no model here takes a control video or image; remove it")
+        if key not in known:
+            raise InputError(f"{at}: unknown key {key!r}{nearest(key, known)}; expected {', '.join(known)}")
+    return entry
+
+
+def _required_text(at: str, entry: dict[str, Any], key: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise InputError(f"{at} {key}: expected a path, found {value!r}")
+    return value
+
+
+def _unique_name(path: Path) -> str:
+    """The file's name and six digits that tell it from a file of the same name in another folder."""
+    return f"{path.name}-{text_hash(path.as_posix()).removeprefix('sha256:')[:6]}"
