@@ -108,6 +108,10 @@ class Options:
     """Precision of the linears and their activations."""
     fp8_scaled: bool = False
     """Keep the linears of the blocks in 8 bits with block scales."""
+    quantize: str | None = None
+    """Keep the linears of the blocks in 8 bits by this recipe: fp8, int8, int8_rotated, int8_w8a8,
+    int8_w8a8_transposed, fp8_w8a8 or fp8_w8a8_transposed (docs/quantization.md). A file of tools/quantize.py brings its
+    own recipe."""
     blocks_to_swap: int = 0
     """Keep this many blocks in host memory and copy each to the device when it is needed."""
     fp8_t5: bool = False
@@ -139,8 +143,9 @@ from dataset.config import read_dataset_config
 from dataset.results import write_results
 from dataset.video import read_image
 from evaluation.filming import decode_frames
+from memory.quant import RECIPES
 from memory.runners import BlockRunner, run_plain
-from memory.swap import SwappedBlocks, move_all_but
+from memory.stream import StreamedBlocks, move_all_but, spread
 from networks.files import load_network, read_network_file
 from networks.guided import Conditions, GuidedExpert
 from networks.mechanisms.adapter import WAN_FUN_CONVENTIONS, RaysEncoder
@@ -150,7 +155,7 @@ from networks.video_settings import Settings, leading_metadata, settle
 from wan_ext.condition import encode_first_frame, no_first_frame
 from wan_ext.configs import Expert, WanVariant, get_variant
 from wan_ext.image_encoder import load_image_encoder
-from wan_ext.loading import load_dit
+from wan_ext.loading import chosen_recipe, load_dit
 from wan_ext.text_encoder import load_text_encoder
 from wan_ext.vae import load_vae
 
@@ -291,7 +296,7 @@ def encode_text(
         text_len=variant.dit.text_len,
         dtype=torch.bfloat16,
         device=text_device,
-        quantize=options.fp8_t5,
+        recipe=RECIPES["fp8"] if options.fp8_t5 else None,
     )
     prompt, negative = encoder.encode([settings.prompt, settings.negative_prompt])
     return prompt[None].to(device), negative[None].to(device)
@@ -312,7 +317,7 @@ def load_expert(
         files.dit_high_noise if name == "high" else files.dit,
         variant,
         dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
-        quantize=options.fp8_scaled,
+        recipe=chosen_recipe(options.quantize, fp8=options.fp8_scaled),
         device=torch.device("cpu") if options.blocks_to_swap else device,
         attention_backend=options.attn_mode,
     )
@@ -332,7 +337,7 @@ def load_expert(
         tqdm.write(f"note: no file of --network_weights is for the {name}-noise expert, which runs as it is")
     run_blocks: BlockRunner = run_plain
     if options.blocks_to_swap:
-        run_blocks = SwappedBlocks(dit.blocks, num_swapped=options.blocks_to_swap, device=device, checkpoint=False)
+        run_blocks = StreamedBlocks(dit.blocks, streamed=spread(len(dit.blocks), options.blocks_to_swap), device=device)
         move_all_but(dit, dit.blocks, device)
     return GuidedExpert(
         dit=dit.eval(),

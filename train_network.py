@@ -54,10 +54,15 @@ class Options:
     """Keep the frozen linears of the blocks in 8 bits with a scale per block of 64 weights."""
     fp8_scaled: bool = False
     """The same as --fp8_base: 8-bit weights are always scaled here."""
+    quantize: str | None = None
+    """Keep the frozen linears of the blocks in 8 bits by this recipe: fp8, int8, int8_rotated, int8_w8a8,
+    int8_w8a8_transposed, fp8_w8a8 or fp8_w8a8_transposed (docs/quantization.md). A file of tools/quantize.py brings its
+    own recipe."""
     gradient_checkpointing: bool = False
     """Keep only the blocks' inputs and recompute the rest in backward."""
     blocks_to_swap: int = 0
-    """Keep this many blocks of each expert in host memory and copy each to the device when it is needed."""
+    """Keep this many blocks of each expert in host memory and copy each to the device when it is needed. With it all
+    blocks are recomputed in backward."""
     sdpa: bool = False
     """Attention by torch's scaled_dot_product_attention: the default."""
     flash_attn: bool = False
@@ -161,7 +166,7 @@ from dataset.config import read_dataset_config
 from evaluation.filming import FilmingExpert
 from evaluation.validation import CameraValidation
 from memory.runners import BlockRunner, run_checkpointed, run_plain
-from memory.swap import SwappedBlocks, move_all_but
+from memory.stream import StreamedBlocks, move_all_but, spread
 from networks.checkpoint import load_state, save_state
 from networks.files import import_network_module, save_network
 from networks.network import Network
@@ -173,7 +178,7 @@ from wan_ext import flow
 from wan_ext.configs import Expert, WanVariant
 from wan_ext.dit import WanDiT
 from wan_ext.experts import expert_interval
-from wan_ext.loading import load_dit
+from wan_ext.loading import chosen_recipe, load_dit
 from wan_ext.vae import load_vae
 
 SAVE_DTYPES = {"float": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -428,7 +433,7 @@ def load_base(options: Options, path: Path, variant: WanVariant, device: torch.d
         path,
         variant,
         dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
-        quantize=options.fp8_base or options.fp8_scaled,
+        recipe=chosen_recipe(options.quantize, fp8=options.fp8_base or options.fp8_scaled),
         device=torch.device("cpu") if options.blocks_to_swap else device,
         attention_backend="flash" if options.flash_attn else "sdpa",
     )
@@ -441,9 +446,7 @@ def place(options: Options, dit: WanDiT, network: Network | None, device: torch.
     if not options.blocks_to_swap:
         dit.to(device)
         return run_checkpointed if options.gradient_checkpointing else run_plain
-    run_blocks = SwappedBlocks(
-        dit.blocks, num_swapped=options.blocks_to_swap, device=device, checkpoint=options.gradient_checkpointing
-    )
+    run_blocks = StreamedBlocks(dit.blocks, streamed=spread(len(dit.blocks), options.blocks_to_swap), device=device)
     move_all_but(dit, dit.blocks, device)
     return run_blocks
 

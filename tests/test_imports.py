@@ -120,7 +120,7 @@ def test_every_package_has_a_floor() -> None:
     ("rule", "file", "source"),
     [
         (wrong_imports, "camera/path.py", "from wan_ext.flow import add_noise"),
-        (wrong_imports, "memory/swap.py", "import camera.path"),
+        (wrong_imports, "memory/stream.py", "import camera.path"),
         (wrong_imports, "dataset/cache.py", "def f():\n    from wan_ext import configs"),
         (wrong_imports, "wan_ext/dit.py", "from dataset import batches"),
         (wrong_imports, "core/files.py", "import camera"),
@@ -157,7 +157,7 @@ def test_no_script_imports_another() -> None:
     [
         ("networks/lora.py", "from wan_ext.configs import WanVariant\nimport torch, argparse_like"),
         ("tools/demo.py", "from tools.tiny_wan import clips\nfrom core.options import run\nimport dataset.video"),
-        ("train_network.py", "import tyro\nfrom memory.swap import SwappedBlocks\ndef f(*names, option=1): pass"),
+        ("train_network.py", "import tyro\nfrom memory.stream import StreamedBlocks\ndef f(*names, option=1): pass"),
     ],
 )
 def test_what_is_allowed_is_not_a_breach(file: str, source: str) -> None:

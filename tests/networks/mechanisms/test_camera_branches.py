@@ -9,7 +9,7 @@ from torch import Tensor
 from core.errors import InputError
 from core.randomness import generator_for
 from memory.runners import BlockRunner, run_checkpointed, run_plain
-from memory.swap import SwappedBlocks
+from memory.stream import StreamedBlocks, spread
 from networks.lora_linear import block_linears
 from networks.mechanisms.registry import INJECTIONS
 from tests.networks.cases import (
@@ -67,9 +67,9 @@ def test_every_way_to_run_the_blocks_gives_the_same_bits(kind: str, dtype: torch
     plain = gradients(dit, network, clip, run_plain)
     assert all(torch.isfinite(tensor).all() and tensor.any() for tensor in plain)
     assert all(map(torch.equal, plain, gradients(dit, network, clip, run_checkpointed)))
-    for num_swapped in (1, 2):
-        swapped = SwappedBlocks(dit.blocks, num_swapped=num_swapped, device="cpu", checkpoint=False)
-        assert all(map(torch.equal, plain, gradients(dit, network, clip, swapped)))
+    for num_streamed in (1, 2):
+        streamed = StreamedBlocks(dit.blocks, streamed=spread(len(dit.blocks), num_streamed), device="cpu")
+        assert all(map(torch.equal, plain, gradients(dit, network, clip, streamed)))
 
 
 @every_kind

@@ -1,4 +1,4 @@
-"""The Wan DiT runs swapped as it runs checkpointed: velocity, adapter gradients and camera gradient, bit for bit."""
+"""The Wan DiT runs streamed as it runs checkpointed: velocity, adapter gradients and camera gradient, bit for bit."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memory.quant import QuantLinear
 from memory.runners import BlockRunner, run_checkpointed
-from memory.swap import SwappedBlocks, move_all_but
+from memory.stream import StreamedBlocks, move_all_but, spread
 from tests.memory.tiny_blocks import Lora, trainable
 from tests.wan_ext.models import CONFIGS, lively_dit
 from wan_ext.condition import CameraCondition
@@ -50,7 +50,7 @@ def train(dit: WanDiT, runner: BlockRunner, device: str = "cpu") -> list[Tensor]
     return [velocity.detach(), tokens.grad, *(parameter.grad for parameter in trainable(dit))]
 
 
-@pytest.mark.parametrize("num_swapped", [2, 4])
+@pytest.mark.parametrize("num_streamed", [2, 4])
 @pytest.mark.parametrize(
     "name, dtype, quantize",
     [
@@ -60,10 +60,10 @@ def train(dit: WanDiT, runner: BlockRunner, device: str = "cpu") -> list[Tensor]
         ("i2v-14B with CLIP", torch.float32, True),
     ],
 )
-def test_swapped_equals_checkpointed(name: str, dtype: torch.dtype, quantize: bool, num_swapped: int) -> None:
+def test_streamed_equals_checkpointed(name: str, dtype: torch.dtype, quantize: bool, num_streamed: int) -> None:
     expected = train(make_dit(name, dtype, quantize), run_checkpointed)
     dit = make_dit(name, dtype, quantize)
-    runner = SwappedBlocks(dit.blocks, num_swapped=num_swapped, device="cpu", checkpoint=True)
+    runner = StreamedBlocks(dit.blocks, streamed=spread(4, num_streamed), device="cpu")
     found = train(dit, runner)
     assert len(found) == len(expected) > 10
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -73,12 +73,12 @@ def test_swapped_equals_checkpointed(name: str, dtype: torch.dtype, quantize: bo
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: streams, events and pinned memory")
 @pytest.mark.parametrize("quantize", [False, True])
-def test_swapped_equals_checkpointed_on_cuda(quantize: bool) -> None:
+def test_streamed_equals_checkpointed_on_cuda(quantize: bool) -> None:
     expected = train(make_dit("t2v", torch.bfloat16, quantize).cuda(), run_checkpointed, "cuda")
     dit = make_dit("t2v", torch.bfloat16, quantize)
-    swapped = SwappedBlocks(dit.blocks, num_swapped=4, device="cuda", checkpoint=True)
+    streamed = StreamedBlocks(dit.blocks, streamed=spread(4, 4), device="cuda")
     move_all_but(dit, dit.blocks, "cuda")
     for _ in range(3):  # the second and third pass reuse the buffers of the one before
         dit.zero_grad()
-        found = train(dit, swapped, "cuda")
+        found = train(dit, streamed, "cuda")
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

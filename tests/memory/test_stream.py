@@ -1,4 +1,4 @@
-"""Laws of block swap: bit for bit what runs without it, nothing read too early or too late, true weights outside."""
+"""Laws of streaming: bit for bit what runs without it, nothing read too early or too late, true weights outside."""
 
 import copy
 import dataclasses
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import InputError
-from memory.runners import BlockRunner, run_checkpointed, run_plain
-from memory.swap import SwappedBlocks, move_all_but
-from memory.transfers import CpuCopies, CpuSlot
+from memory.device import CpuDevice, Event
+from memory.masters import Kind, flat_bytes
+from memory.runners import BlockRunner, Recompute, run_checkpointed, run_plain, run_with
+from memory.stream import Ring, StreamedBlocks, move_all_but, ring_bytes, spread
 from tests.memory.tiny_blocks import Block, frozen, inputs, make_blocks, trainable
 
 SETTINGS = {
@@ -23,8 +24,11 @@ SETTINGS = {
 }
 
 
-def swapped(blocks: nn.ModuleList, num_swapped: int = 3, checkpoint: bool = True) -> SwappedBlocks:
-    return SwappedBlocks(blocks, num_swapped=num_swapped, device="cpu", checkpoint=checkpoint)
+def streamed(
+    blocks: nn.ModuleList, num_streamed: int = 3, masters: Kind = "pinned", ring: Ring | None = None
+) -> StreamedBlocks:
+    numbers = spread(len(blocks), num_streamed)
+    return StreamedBlocks(blocks, streamed=numbers, device="cpu", masters=masters, ring=ring)
 
 
 def results(runner: BlockRunner, blocks: nn.ModuleList, *, seed: int = 0, needs: tuple[bool, bool] = (True, True)):  # type: ignore[no-untyped-def]
@@ -46,29 +50,58 @@ def assert_same(one: tuple[Tensor, list], two: tuple[Tensor, list]) -> None:
     assert torch.isfinite(one[0]).all()
 
 
-def reference(checkpoint: bool) -> BlockRunner:
-    return run_checkpointed if checkpoint else run_plain
+both_kinds = pytest.mark.parametrize("masters", ["pinned", "mapped"])
 
 
 # --- equal to running without it -------------------------------------------------------------------------------------
 
 
+@both_kinds
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("checkpoint", [True, False])
-@pytest.mark.parametrize("num_swapped", range(6))
-def test_output_and_gradients_are_bit_identical(num_swapped: int, checkpoint: bool, settings: dict) -> None:
-    blocks, plain = make_blocks(**settings), make_blocks(**settings)
-    runner = swapped(blocks, num_swapped, checkpoint)
+@pytest.mark.parametrize("num_streamed", range(6))
+def test_output_and_gradients_are_bit_identical(num_streamed: int, settings: dict, masters: Kind) -> None:
+    blocks, checkpointed, plain, resident = (make_blocks(**settings) for _ in range(4))
+    runner, alone = streamed(blocks, num_streamed, masters), run_with(Recompute())
     for needs in ((True, True), (False, False), (True, False), (False, True)):
         for seed in (1, 2):  # gradients of trainable parameters accumulate over all of this
             ours = results(runner, blocks, seed=seed, needs=needs)
-            assert_same(ours, results(reference(checkpoint), plain, seed=seed, needs=needs))
+            assert_same(ours, results(run_checkpointed, checkpointed, seed=seed, needs=needs))
+            assert_same(ours, results(run_plain, plain, seed=seed, needs=needs))
+            assert_same(ours, results(alone, resident, seed=seed, needs=needs))
+
+
+@pytest.mark.parametrize("chosen", [(0,), (4,), (0, 1), (1, 2, 3), (4, 0, 3), (2, 2)])
+def test_any_subset_may_be_streamed(chosen: tuple[int, ...]) -> None:
+    blocks, plain = make_blocks(), make_blocks()
+    runner = StreamedBlocks(blocks, streamed=chosen, device="cpu")
+    for seed in range(2):
+        assert_same(results(runner, blocks, seed=seed), results(run_checkpointed, plain, seed=seed))
+    assert runner.streamed == tuple(sorted(set(chosen)))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7])
+def test_rings_of_any_length_serve(slots: int) -> None:
+    blocks, plain = make_blocks(), make_blocks()
+    runner = streamed(blocks, 5, ring=Ring(CpuDevice(), flat_bytes(blocks[0]), slots))
+    for seed in range(2):
+        assert_same(results(runner, blocks, seed=seed), results(run_checkpointed, plain, seed=seed))
+        with torch.no_grad():
+            assert torch.equal(runner(blocks, *inputs(seed)), run_plain(plain, *inputs(seed)))
+
+
+def test_blocks_are_spread_evenly() -> None:
+    for total in range(41):
+        for num_streamed in range(total + 1):
+            numbers = spread(total, num_streamed)
+            gaps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+            assert len(set(numbers)) == num_streamed and sorted(numbers) == list(numbers)
+            assert all(0 <= number < total for number in numbers) and max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_forward_only_is_bit_identical_and_training_goes_on_after_it(mode) -> None:  # type: ignore[no-untyped-def]
     blocks, plain = make_blocks(quantize=True).eval(), make_blocks(quantize=True).eval()
-    runner = swapped(blocks, 4)
+    runner = streamed(blocks, 4)
     for seed in range(3):
         with mode():
             assert torch.equal(runner(blocks, *inputs(seed)), run_plain(plain, *inputs(seed)))
@@ -78,7 +111,7 @@ def test_forward_only_is_bit_identical_and_training_goes_on_after_it(mode) -> No
 def test_made_in_inference_mode_it_still_trains() -> None:
     blocks, plain = make_blocks(), make_blocks()
     with torch.inference_mode():
-        runner = swapped(blocks)
+        runner = streamed(blocks)
     assert_same(results(runner, blocks), results(run_checkpointed, plain))
     assert_same(results(run_plain, blocks), results(run_plain, plain))  # its weights outside of a run serve too
 
@@ -86,7 +119,7 @@ def test_made_in_inference_mode_it_still_trains() -> None:
 @pytest.mark.parametrize("second_needs_gradients", [True, False])
 def test_two_runs_of_the_same_blocks_in_one_graph(second_needs_gradients: bool) -> None:
     gradients = []
-    for runner_of in (swapped, lambda blocks: run_checkpointed):
+    for runner_of in (streamed, lambda blocks: run_checkpointed):
         blocks = make_blocks()
         runner = runner_of(blocks)
         x, shift = (tensor.requires_grad_() for tensor in inputs())
@@ -103,7 +136,7 @@ def test_two_runs_of_the_same_blocks_in_one_graph(second_needs_gradients: bool) 
 
 def test_training_steps_give_the_same_adapters() -> None:
     trained = []
-    for runner_of in (swapped, lambda blocks: run_checkpointed):
+    for runner_of in (streamed, lambda blocks: run_checkpointed):
         blocks = make_blocks(quantize=True)
         runner = runner_of(blocks)
         optimizer = torch.optim.AdamW(trainable(blocks), lr=1e-2)
@@ -119,7 +152,7 @@ def test_training_steps_give_the_same_adapters() -> None:
 
 def test_gradients_of_some_parameters_only_and_twice() -> None:
     blocks, plain = make_blocks(), make_blocks()
-    runner = swapped(blocks, 5)
+    runner = streamed(blocks, 5)
     for chosen in ([0, 3], [5], [9]):
         both = []
         for run, of in ((runner, blocks), (run_plain, plain)):
@@ -132,7 +165,7 @@ def test_gradients_of_some_parameters_only_and_twice() -> None:
 def test_autocast_inside_and_around_backward() -> None:
     for around in (False, True):
         both = []
-        for runner_of in (swapped, lambda blocks: run_checkpointed):
+        for runner_of in (streamed, lambda blocks: run_checkpointed):
             blocks = make_blocks()
             runner = runner_of(blocks)
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -150,7 +183,7 @@ def test_blocks_of_different_sizes() -> None:
         return nn.ModuleList(Block(seed, hidden=width) for seed, width in enumerate((32, 160, 64, 96)))
 
     blocks, plain = make(), make()
-    assert_same(results(swapped(blocks, 4), blocks), results(run_checkpointed, plain))
+    assert_same(results(streamed(blocks, 4), blocks), results(run_checkpointed, plain))
 
 
 def test_a_frozen_weight_that_a_block_uses_twice() -> None:
@@ -161,7 +194,7 @@ def test_a_frozen_weight_that_a_block_uses_twice() -> None:
         return blocks
 
     blocks, plain = make(), make()
-    assert_same(results(swapped(blocks, 5), blocks), results(run_checkpointed, plain))
+    assert_same(results(streamed(blocks, 5), blocks), results(run_checkpointed, plain))
 
 
 def test_arguments_that_are_no_tensors_reach_the_blocks() -> None:
@@ -169,7 +202,7 @@ def test_arguments_that_are_no_tensors_reach_the_blocks() -> None:
     blocks, plain = make_blocks(), make_blocks()
     factor = {"factor": torch.tensor(0.5)}
     both = []
-    for run, of in ((swapped(blocks), blocks), (run_plain, plain)):
+    for run, of in ((streamed(blocks), blocks), (run_plain, plain)):
         y = run(of, x, None, factor)
         y.sum().backward()
         both.append([y, *(parameter.grad for parameter in trainable(of))])
@@ -182,7 +215,7 @@ def test_a_hidden_tensor_that_needs_a_gradient_is_refused() -> None:
         factors: list[Tensor]
 
     blocks = make_blocks()
-    runner = swapped(blocks)
+    runner = streamed(blocks)
     x, shift = inputs()
     for hidden in ({"factor": torch.ones(1).requires_grad_()}, Options([torch.ones(1).requires_grad_()])):
         with pytest.raises(RuntimeError, match="argument of its own"):
@@ -199,7 +232,7 @@ def addresses(tensors: list[Tensor]) -> set[int]:
 def test_frozen_weights_share_one_host_buffer_a_block_and_adapters_stay_out() -> None:
     blocks = make_blocks(quantize=True)
     adapters = [parameter.data_ptr() for parameter in trainable(blocks)]
-    runner = swapped(blocks, 3)
+    runner = streamed(blocks, 3)
     results(runner, blocks)
     in_one_buffer = [len(addresses(frozen(block))) == 1 for block in blocks]
     assert in_one_buffer == [True, False, True, False, True]  # evenly spaced among resident ones
@@ -210,9 +243,9 @@ def test_frozen_weights_share_one_host_buffer_a_block_and_adapters_stay_out() ->
     assert runner.device_bytes == 2 * size
 
 
-def test_backward_keeps_inputs_and_adapters_of_swapped_blocks_and_no_weights() -> None:
+def test_backward_keeps_inputs_and_adapters_of_streamed_blocks_and_no_weights() -> None:
     blocks = make_blocks(3)
-    runner = swapped(blocks, 3)
+    runner = streamed(blocks, 3)
     kept: list[Tensor] = []
     x, shift = inputs()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -221,19 +254,9 @@ def test_backward_keeps_inputs_and_adapters_of_swapped_blocks_and_no_weights() -
     assert len(kept) == 3 * (2 + 2)
 
 
-def test_checkpoint_says_whether_resident_blocks_are_recomputed() -> None:
-    kept: dict[bool, list[Tensor]] = {True: [], False: []}
-    for checkpoint, tensors in kept.items():
-        blocks = make_blocks()
-        runner = swapped(blocks, 2, checkpoint)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, tensors=tensors: tensors.append(t) or t, lambda t: t):
-            runner(blocks, *inputs())
-    assert len(kept[True]) < len(kept[False])
-
-
 def test_inputs_are_kept_by_autograd_only_so_that_its_hooks_can_move_them_away() -> None:
     blocks = make_blocks()
-    runner = swapped(blocks, 5)
+    runner = streamed(blocks, 5)
     saved: list[weakref.ref] = []
 
     def move_away(tensor: Tensor) -> Tensor:
@@ -248,85 +271,148 @@ def test_inputs_are_kept_by_autograd_only_so_that_its_hooks_can_move_them_away()
     y.sum().backward()
 
 
-class Logged(CpuCopies):
-    """CPU transfers that write down what was asked of them, and for which slot."""
+class Reached:
+    """A point in the computation: how many blocks had been computed."""
+
+    def __init__(self, clock: int) -> None:
+        self.clock = clock
+
+    def synchronize(self) -> None:
+        """The CPU computes at once."""
+
+
+class Logged(CpuDevice):
+    """A CPU that writes down what was asked of it, and checks that no copy overtakes the computation of its target."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.log: list[tuple[str, int]] = []
+        self.clock = 0
+        self.last_read: dict[int, int] = {}  # address of a slot: when a block was computed with it
+        self.target_of: dict[Event, int] = {}
 
-    def copy(self, slot: CpuSlot, source: Tensor) -> None:
-        self.log.append(("copy", id(slot)))
-        super().copy(slot, source)
+    def copy(self, target: Tensor, source: Tensor, *, after: Event | None) -> Event:
+        assert isinstance(after, Reached) and after.clock >= self.last_read.get(target.data_ptr(), 0)
+        self.log.append(("copy", target.data_ptr()))
+        copied = super().copy(target, source, after=after)
+        self.target_of[copied] = target.data_ptr()
+        return copied
 
-    def wait(self, slot: CpuSlot) -> None:
-        self.log.append(("wait", id(slot)))
-        super().wait(slot)
+    def wait(self, event: Event) -> None:
+        self.log.append(("wait", self.target_of[event]))
+        super().wait(event)
 
-    def done(self, slot: CpuSlot) -> None:
-        self.log.append(("done", id(slot)))
+    def record(self) -> Event:
+        self.log.append(("record", 0))
+        return Reached(self.clock)
+
+    def free(self, buffer: Tensor) -> None:
+        self.log.append(("free", buffer.data_ptr()))
+        super().free(buffer)
+
+    def watch(self, blocks: nn.ModuleList) -> None:
+        """Note when each block reads a slot."""
+
+        def note(block: nn.Module, arguments: tuple) -> None:
+            self.clock += 1
+            self.last_read[frozen(block)[0].untyped_storage().data_ptr()] = self.clock
+
+        for block in blocks:
+            block.register_forward_pre_hook(note)
 
     def copies(self) -> int:
         return sum(kind == "copy" for kind, _ in self.log)
 
 
-@pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> Logged:
-    copies = Logged()
-    monkeypatch.setattr("memory.swap.copies_for", lambda device: copies)
-    return copies
+def logged_blocks(num_streamed: int) -> tuple[Logged, nn.ModuleList, StreamedBlocks]:
+    device, blocks = Logged(), make_blocks()
+    device.watch(blocks)
+    ring = Ring(device, flat_bytes(blocks[0]), min(2, num_streamed))
+    return device, blocks, streamed(blocks, num_streamed, ring=ring)
 
 
-@pytest.mark.parametrize("num_swapped, training, forward", [(5, 6, 5), (3, 2, 3), (2, 0, 0), (1, 0, 0)])
-def test_transfers_of_a_step(logged: Logged, num_swapped: int, training: int, forward: int) -> None:
-    blocks = make_blocks()
-    runner = swapped(blocks, num_swapped)
+@pytest.mark.parametrize("num_streamed, training, forward", [(5, 6, 5), (3, 2, 3), (2, 0, 0), (1, 0, 0)])
+def test_transfers_of_a_step(num_streamed: int, training: int, forward: int) -> None:
+    device, blocks, runner = logged_blocks(num_streamed)
     results(runner, blocks)
-    logged.log.clear()
+    device.log.clear()
     results(runner, blocks)
-    assert logged.copies() == training  # both ways, without the two blocks that are in their slots at each turn
+    assert device.copies() == training  # both ways, without the two blocks that are in their slots at each turn
     with torch.no_grad():
         runner(blocks, *inputs())
-        logged.log.clear()
+        device.log.clear()
         runner(blocks, *inputs())
-    assert logged.copies() == forward
+    assert device.copies() == forward
 
 
-@pytest.mark.parametrize("num_swapped", [3, 5])
-def test_a_block_is_copied_while_the_one_before_it_runs(logged: Logged, num_swapped: int) -> None:
-    blocks = make_blocks()
-    runner = swapped(blocks, num_swapped)
+@pytest.mark.parametrize("num_streamed", [3, 5])
+def test_a_block_is_copied_while_the_one_before_it_runs(num_streamed: int) -> None:
+    device, blocks, runner = logged_blocks(num_streamed)
     results(runner, blocks)
-    logged.log.clear()
+    device.log.clear()
     results(runner, blocks)
     with torch.no_grad():
         runner(blocks, *inputs())
         runner(blocks, *inputs())
+    assert device.copies() > num_streamed
     running: int | None = None
-    for (kind, slot), (following, next_slot) in zip(logged.log, logged.log[1:], strict=False):
-        if kind == "copy":
+    for (kind, slot), (following, next_slot) in zip(device.log, device.log[1:], strict=False):
+        if kind in ("copy", "free"):
             assert slot != running  # never into the slot that is read
+        if kind == "free":
+            assert (following, next_slot) == ("copy", slot)
+        if kind == "copy":
             assert following == "wait" and next_slot != slot  # and never for the block that waits now
-        running = slot if kind == "wait" else None if kind == "done" else running
+        running = slot if kind == "wait" else None if kind == "record" else running
 
 
-def test_swapping_nothing_moves_nothing(logged: Logged) -> None:
+def test_streaming_nothing_moves_nothing() -> None:
     blocks = make_blocks()
     before = [tensor.data_ptr() for tensor in frozen(blocks)]
-    runner = swapped(blocks, 0)
+    runner = streamed(blocks, 0)
     assert_same(results(runner, blocks), results(run_checkpointed, make_blocks()))
-    assert runner.host_bytes == runner.device_bytes == logged.copies() == 0
+    assert runner.host_bytes == runner.device_bytes == 0
     assert [tensor.data_ptr() for tensor in frozen(blocks)] == before
 
 
-def test_two_experts_have_a_runner_each() -> None:
-    high, low = make_blocks(), nn.ModuleList(Block(seed + 50) for seed in range(5))
-    runners = {id(expert): swapped(expert, 4) for expert in (high, low)}
-    plain = {id(high): make_blocks(), id(low): nn.ModuleList(Block(seed + 50) for seed in range(5))}
-    for seed, expert in enumerate((high, low, low, high)):
-        ours = results(runners[id(expert)], expert, seed=seed)
-        assert_same(ours, results(run_checkpointed, plain[id(expert)], seed=seed))
+def expert(which: int, hidden: int = 96) -> nn.ModuleList:
+    return nn.ModuleList(Block(seed + 50 * which, hidden=hidden, quantize=True) for seed in range(5))
+
+
+@pytest.mark.parametrize("kinds", [("pinned", "pinned"), ("pinned", "mapped"), ("mapped", "mapped")])
+def test_two_experts_share_a_ring_and_no_masters_move(kinds: tuple[Kind, Kind]) -> None:
+    experts, plain = [expert(0), expert(1, 160)], [expert(0), expert(1, 160)]
+    device = CpuDevice()
+    ring = Ring(device, ring_bytes([block for blocks in experts for block in blocks]) // 2)
+    runners = [
+        streamed(blocks, number, kind, ring) for blocks, number, kind in zip(experts, (5, 4), kinds, strict=True)
+    ]
+    addresses_before = [[tensor.data_ptr() for tensor in frozen(blocks)] for blocks in experts]
+    for seed, which in enumerate((0, 1, 1, 0, 1, 0, 0)):
+        ours = results(runners[which], experts[which], seed=seed)
+        assert_same(ours, results(run_checkpointed, plain[which], seed=seed))
+        with torch.no_grad():  # a look at the other one, as validation does
+            there = runners[1 - which](experts[1 - which], *inputs(seed))
+            assert torch.equal(there, run_plain(plain[1 - which], *inputs(seed)))
+    assert [[tensor.data_ptr() for tensor in frozen(blocks)] for blocks in experts] == addresses_before
+    assert runners[0].device_bytes == runners[1].device_bytes == ring.num_bytes == 2 * flat_bytes(experts[1][0])
     with pytest.raises(RuntimeError, match="another model"):
-        runners[id(low)](high, *inputs())
+        runners[1](experts[0], *inputs())
+
+
+def test_a_ring_that_is_too_small_is_refused_before_anything_moves() -> None:
+    blocks = make_blocks()
+    before = [tensor.data_ptr() for tensor in frozen(blocks)]
+    with pytest.raises(ValueError, match="expected slots of at least"):
+        streamed(blocks, ring=Ring(CpuDevice(), flat_bytes(blocks[0]) - 1))
+    assert [tensor.data_ptr() for tensor in frozen(blocks)] == before
+
+
+def test_the_size_of_a_ring_is_known_before_weights_are() -> None:
+    with torch.device("meta"):
+        unloaded = nn.ModuleList([nn.Linear(64, 32), nn.Linear(64, 96)]).requires_grad_(False)
+    loaded = nn.ModuleList([nn.Linear(64, 32), nn.Linear(64, 96)]).requires_grad_(False)
+    assert ring_bytes(unloaded) == streamed(loaded, 2).device_bytes == 2 * (4 * 64 * 96 + 4 * 96)
 
 
 def test_move_all_but_leaves_the_blocks() -> None:
@@ -349,17 +435,17 @@ def test_state_dict_is_true_before_and_after_runs() -> None:
     blocks = make_blocks(quantize=True)
     before = raw(blocks.state_dict())
     dtypes = {name: (tensor.dtype, tensor.shape) for name, tensor in blocks.state_dict().items()}
-    runner = swapped(blocks, 5)
+    runner = streamed(blocks, 5)
     for run in (lambda: None, lambda: results(runner, blocks), lambda: runner(blocks, *inputs())):
         run()
         assert raw(blocks.state_dict()) == before
         assert {name: (tensor.dtype, tensor.shape) for name, tensor in blocks.state_dict().items()} == dtypes
 
 
-@pytest.mark.parametrize("num_swapped", [2, 5])  # 2: both stay in their slots
-def test_a_change_in_place_is_noticed(num_swapped: int) -> None:
+@pytest.mark.parametrize("num_streamed", [2, 5])  # 2: both stay in their slots
+def test_a_change_in_place_is_noticed(num_streamed: int) -> None:
     blocks, plain = make_blocks(), make_blocks()
-    runner = swapped(blocks, num_swapped)
+    runner = streamed(blocks, num_streamed)
     results(runner, blocks)
     results(run_checkpointed, plain)
     other = nn.ModuleList(Block(seed + 9) for seed in range(5)).state_dict()
@@ -380,7 +466,7 @@ def replace(blocks: nn.ModuleList) -> None:
 @pytest.mark.parametrize("spoil", [lambda blocks: blocks.double(), replace], ids=["cast", "assign"])
 def test_moved_or_replaced_weights_are_an_error_and_not_a_wrong_result(spoil) -> None:  # type: ignore[no-untyped-def]
     blocks = make_blocks()
-    runner = swapped(blocks)
+    runner = streamed(blocks)
     results(runner, blocks)
     spoil(blocks)
     with pytest.raises(RuntimeError, match="moved or replaced"):
@@ -390,27 +476,29 @@ def test_moved_or_replaced_weights_are_an_error_and_not_a_wrong_result(spoil) ->
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_swapped", [-1, 6])
-def test_a_number_that_the_model_does_not_have_is_refused(num_swapped: int) -> None:
-    with pytest.raises(InputError, match=f"0 to 5.*found {num_swapped}"):
-        swapped(make_blocks(), num_swapped)
+@pytest.mark.parametrize("num_streamed", [-1, 6])
+def test_a_number_that_the_model_does_not_have_is_refused(num_streamed: int) -> None:
+    with pytest.raises(InputError, match=f"0 to 5.*found {num_streamed}"):
+        streamed(make_blocks(), num_streamed)
+    with pytest.raises(InputError, match="from 0 to 4"):
+        StreamedBlocks(make_blocks(), streamed=(1, min(num_streamed, 5)), device="cpu")
 
 
 def test_a_device_without_block_swap_is_refused() -> None:
     with pytest.raises(InputError, match="cuda device or the cpu, found mps"):
-        SwappedBlocks(make_blocks(), num_swapped=1, device="mps", checkpoint=True)
+        StreamedBlocks(make_blocks(), streamed=(1,), device="mps")
 
 
 def test_weights_that_are_not_loaded_yet_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="load weights first"):
-        swapped(nn.ModuleList([nn.Linear(4, 4, device="meta")]), 1)
+    with pytest.raises(RuntimeError, match="load weights before"):
+        streamed(nn.ModuleList([nn.Linear(4, 4, device="meta")]), 1)
 
 
 @pytest.mark.parametrize("failing_call", range(10))  # 5 in forward, 5 in backward
 def test_after_an_exception_in_mid_run_weights_are_true_and_the_next_run_is_right(failing_call: int) -> None:
     blocks, plain = make_blocks(), make_blocks()
     before = raw(blocks.state_dict())
-    runner = swapped(blocks, 5)
+    runner = streamed(blocks, 5)
     calls = iter(range(100))
 
     def fail(module: nn.Module, arguments: tuple) -> None:
@@ -428,17 +516,18 @@ def test_after_an_exception_in_mid_run_weights_are_true_and_the_next_run_is_righ
     assert_same(results(runner, blocks), results(run_checkpointed, plain))
 
 
-def test_after_a_failed_transfer_the_next_run_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+@both_kinds
+def test_after_a_failed_transfer_the_next_run_is_right(masters: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = make_blocks()
-    runner = swapped(blocks, 5)
+    runner = streamed(blocks, 5, masters)
     results(runner, blocks)
     with monkeypatch.context() as patch:
 
-        def fail(self: CpuCopies, slot: CpuSlot, source: Tensor) -> None:
-            slot.buffer.fill_(0xFF)
+        def fail(self: CpuDevice, target: Tensor, source: Tensor, *, after: Event | None) -> Event:
+            target.fill_(0xFF)
             raise MemoryError
 
-        patch.setattr(CpuCopies, "copy", fail)
+        patch.setattr(CpuDevice, "copy", fail)
         with pytest.raises(MemoryError):
             runner(blocks, *inputs())
     for parameter in trainable(blocks):
@@ -446,9 +535,9 @@ def test_after_a_failed_transfer_the_next_run_is_right(monkeypatch: pytest.Monke
     assert_same(results(runner, blocks), results(run_checkpointed, make_blocks()))
 
 
-def test_running_swapped_blocks_inside_one_another_is_refused() -> None:
+def test_running_streamed_blocks_inside_one_another_is_refused() -> None:
     blocks = make_blocks()
-    runner = swapped(blocks, 5)
+    runner = streamed(blocks, 5)
     hook = blocks[2].register_forward_pre_hook(lambda module, arguments: runner(blocks, *arguments))
     with pytest.raises(RuntimeError, match="another one was running"):
         runner(blocks, *inputs())
@@ -459,19 +548,22 @@ def test_running_swapped_blocks_inside_one_another_is_refused() -> None:
 # --- the net that catches a wrong order ------------------------------------------------------------------------------
 
 
-def test_reading_a_slot_before_it_is_waited_for_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    for quantize in (False, True):
-        blocks = make_blocks(quantize=quantize)
-        runner = swapped(blocks, 5)
-        with monkeypatch.context() as patch:
-            patch.setattr(CpuCopies, "wait", lambda self, slot: None)
-            assert torch.isnan(runner(blocks, *inputs())).all()
+@both_kinds
+@pytest.mark.parametrize("quantize", [False, True])
+def test_reading_a_slot_before_it_is_waited_for_gives_nan(
+    masters: Kind, quantize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = make_blocks(quantize=quantize)
+    runner = streamed(blocks, 5, masters)
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuDevice, "wait", lambda self, event: None)
+        assert torch.isnan(runner(blocks, *inputs())).all()
 
 
 def test_a_view_kept_from_a_run_is_nan_once_its_slot_is_needed() -> None:
     for quantize in (False, True):
         blocks = make_blocks(quantize=quantize)
-        runner = swapped(blocks, 5)
+        runner = streamed(blocks, 5)
         seen: list[list[Tensor]] = []
 
         def keep(module: nn.Module, arguments: tuple, output: Tensor, seen: list = seen) -> None:
