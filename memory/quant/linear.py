@@ -266,10 +266,12 @@ def linear_forward(layer: nn.Module, x: Tensor | PreparedInput) -> Tensor:
     recipe = layer.recipe if isinstance(layer, QuantLinear) else None
     if prepared.recipe != recipe:
         raise ValueError(f"expected an input that was prepared for {recipe}, found one for {prepared.recipe}")
-    bias = None if layer.bias is None else layer.bias.to(prepared.dtype)  # type: ignore[operator, union-attr]
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    bias = None if bias is None else bias.to(prepared.dtype)
     if isinstance(layer, QuantLinear):
-        return _multiply(prepared, layer.weight, layer.weight_scale, bias)
-    return F.linear(prepared.x, layer.weight, bias)  # type: ignore[arg-type]
+        return _multiply(prepared, weight, layer.weight_scale, bias)
+    return F.linear(prepared.x, weight, bias)
 
 
 @torch.no_grad()

@@ -6,13 +6,13 @@ matrices and applies the scales of both.
 How: int8 products are sums in int32, by `torch._int_mm` or the Triton kernel of `memory.kernels` (whose epilogue
 writes the result at once); e4m3 products are `torch._scaled_mm` with a scale a row. On CUDA both want more than 16
 rows, sizes that are multiples of 8 (16 for e4m3) and a second matrix whose rows are contiguous along the sum ("TN");
-that is asserted here, on every device alike: matrices are padded with zeros where they fall short, and a second matrix
-in the other layout is read by the Triton kernel as it is, or transposed for the call. The CPU runs the same two
-functions of torch.
+that is brought about here, on every device alike: matrices are padded with zeros where they fall short, and a second
+matrix in the other layout is transposed for the call. The Triton kernel takes any size and both layouts, and is used
+where it runs. The CPU runs the same two functions of torch.
 
 Cost: two operations a multiplication at the rate of 8-bit tensor cores. Activations: 1 byte a number beside the
-original. Without the Triton kernel the int32 sums of as many rows as fill 128 MiB; a transposed copy where one is made
-(1 byte a weight; 2 bytes of traffic a weight, under 1 % of the product's time from 8,192 rows on).
+original. Without the Triton kernel sums of as many rows as fill 128 MiB, in int32 and in float32, and a transposed copy
+where one is made (1 byte a weight, read and written once).
 
 Exact: int8 sums are exact (widths up to 133,144), then rounded to float32, multiplied by the two scales, and rounded
 to the dtype asked for. e4m3 products are exact, their sums those of the device: float32 on the CPU, the tensor cores'
@@ -22,7 +22,6 @@ own on CUDA (fast accumulation).
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -30,11 +29,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.errors import InputError
+from memory import kernels
 from memory.quant.recipes import QuantRecipe
 from memory.quant.rotation import rotate
 from memory.quant.weights import LARGEST_VALUES, SMALLEST_SCALE, VALUE_DTYPES, rows_at_once
 
-WIDEST_INT8 = 2**31 // 128**2  # numbers whose products still sum up in int32
+WIDEST_INT8 = 2**31 // 127**2  # numbers whose products still sum up in int32
 LEAST_ROWS = 17  # of torch._int_mm on CUDA
 MULTIPLES = {torch.int8: 8, torch.float8_e4m3fn: 16}  # what both sizes of a second matrix have to be multiples of
 INT32_ELEMENTS = 2**25  # of the transient sums: 128 MiB
@@ -76,12 +76,6 @@ def require_device(recipe: QuantRecipe, device: torch.device) -> None:
         )
 
 
-@cache
-def has_kernels() -> bool:
-    """Whether Triton is installed, so that `memory.kernels` can be used on CUDA."""
-    return find_spec("triton") is not None
-
-
 def quantize_rows(
     x: Tensor, *, recipe: QuantRecipe, block: int = 1, column_scale: Tensor | None = None
 ) -> QuantizedRows:
@@ -94,22 +88,27 @@ def quantize_rows(
         column_scale: [K] float32, multiplied into `x` first.
 
     Returns:
-        Values and scales, on the device of `x`.
+        Values and scales, on the device of `x`. A row with a NaN or an infinity has a NaN for its scale.
     """
-    if x.device.type == "cuda" and recipe.values == "int8" and has_kernels() and column_scale is None:
-        from memory.kernels import int8
+    dtype, largest = VALUE_DTYPES[recipe.values], LARGEST_VALUES[recipe.values]
+    if kernels.available(x.device) and x.dtype != torch.float64:
+        from memory.kernels import rows as row_kernels
 
-        return QuantizedRows(*int8.quantize_rows(x, rotate=block if block > 1 else None))
-    largest = LARGEST_VALUES[recipe.values]
-    values = torch.empty(x.shape, dtype=VALUE_DTYPES[recipe.values], device=x.device)
+        if x.shape[1] <= row_kernels.LONGEST_ROW:
+            x = x if x.stride(1) == 1 else x.contiguous()
+            return QuantizedRows(*row_kernels.quantize_rows(x, block, columns=column_scale, dtype=dtype))
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    if x.is_meta:
+        return QuantizedRows(values, scale)
     step = rows_at_once(x.shape[1], x.device)
     for start in range(0, x.shape[0], step):
         rows = x[start : start + step].to(torch.float32)
         if column_scale is not None:
             rows = rows * column_scale
         rows = rotate(rows, block)
-        scales = (rows.abs().amax(-1) / largest).clamp_(min=SMALLEST_SCALE)
+        poison = (rows * 0).sum(-1)  # 0, or NaN where the row is not finite
+        scales = (rows.abs().amax(-1) / largest).clamp_(min=SMALLEST_SCALE) + poison
         rows = rows * scales.reciprocal().unsqueeze(-1)
         if recipe.values == "int8":
             rows.round_().clamp_(-largest, largest)
@@ -133,7 +132,15 @@ def scaled_product(
     Returns:
         [M, N].
     """
+    if weight.is_meta:
+        return torch.empty(rows.values.shape[0], weight.shape[0], dtype=dtype, device="meta")
     if rows.values.dtype == torch.int8:
+        if rows.values.shape[1] > WIDEST_INT8:
+            raise InputError(
+                f"quantisation: expected at most {WIDEST_INT8} numbers to sum in int8, found {rows.values.shape[1]}"
+            )
+        if kernels.available(weight.device):
+            return _int8_product_by_triton(rows, weight, scale, bias, dtype)
         return _int8_product(rows, weight, scale, bias, dtype)
     return _e4m3_product(rows, weight, scale, bias, dtype)
 
@@ -141,9 +148,7 @@ def scaled_product(
 def _int8_product(
     rows: QuantizedRows, weight: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    (num_rows, width), (num_columns, _) = rows.values.shape, weight.shape
-    if width > WIDEST_INT8:
-        raise InputError(f"quantisation: expected at most {WIDEST_INT8} numbers to sum in int8, found {width}")
+    num_rows, num_columns = rows.values.shape[0], weight.shape[0]
     values, weight = _padded(rows.values, weight)
     out = torch.empty(num_rows, num_columns, dtype=dtype, device=weight.device)
     step = max(LEAST_ROWS, INT32_ELEMENTS // max(1, num_columns))
@@ -161,6 +166,19 @@ def _int8_product(
             sums.add_(bias)
         out[start:end] = sums
     return out
+
+
+def _int8_product_by_triton(
+    rows: QuantizedRows, weight: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The same in one kernel, which writes no int32 sums and reads a transposed weight as it lies."""
+    from memory.kernels.int8 import int8_matmul
+
+    is_transposed = weight.T.is_contiguous() and not weight.is_contiguous()
+    matrix, layout = (weight.T, "nn") if is_transposed else (weight.contiguous(), "tn")
+    narrow = torch.float32 if dtype == torch.float64 else dtype
+    out = int8_matmul(rows.values, matrix, rows.scale, scale, layout=layout, bias=bias, dtype=narrow)
+    return out.to(dtype)
 
 
 def _e4m3_product(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
+from memory import kernels
 from memory.quant.recipes import RECIPES, QuantRecipe
 from memory.quant.rotation import rotate, rotation_block
 
@@ -95,7 +96,7 @@ def quantize(weight: Tensor, *, recipe: QuantRecipe = RECIPES["fp8"], name: str 
             rows = rotate(rows, rotation_block(in_features))
         rows = rows.view(rows.shape[0], scale.shape[1], -1)  # [rows, runs, inputs of a run]
         scale[start : start + step] = (rows.abs().amax(-1) / largest).clamp_(min=SMALLEST_SCALE)
-        rows.mul_(scale[start : start + step].float().reciprocal_().unsqueeze(-1))
+        rows.mul_(scale[start : start + step].float().reciprocal().unsqueeze(-1))
         if recipe.values == "int8":
             rows.round_().clamp_(-largest, largest)
         values[start : start + step] = rows.view(rows.shape[0], in_features)
@@ -123,6 +124,12 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """
     out_features, in_features = values.shape
     runs = scale.shape[1]
+    if values.is_meta:
+        return torch.empty(out_features, in_features, dtype=dtype, device="meta")
+    if kernels.available(values.device) and dtype != torch.float64 and scale.shape[0] == out_features:
+        from memory.kernels.dequantize import dequantize_runs
+
+        return dequantize_runs(values, scale.contiguous(), dtype)
     if values.device.type != "cpu":
         wide = torch.promote_types(dtype, scale.dtype)
         if values.dtype == torch.int8:  # one kernel that reads int8 and writes `dtype`, with nothing in between
