@@ -9,6 +9,7 @@ For image-to-video tasks the first frame's condition (and CLIP features, Wan2.1)
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +84,7 @@ def main(options: Options) -> None:
         files = resolve_model(flags, table=config.model, table_source=options.dataset_config, needs=("vae", "clip"))
         clip_encoder = load_image_encoder(files.clip, variant.image_encoder, device=device)
 
+    started = time.perf_counter()
     for clip in tqdm(todo, desc="latents", unit="clip"):
         frames, crop = read_clip(clip)  # uint8 [T, H, W, 3]
         video = to_video(frames).to(device)  # [1, 3, T, H, W]
@@ -91,14 +93,17 @@ def main(options: Options) -> None:
             condition = encode_first_frame(vae.encode, video[0, :, 0], video.shape[2], variant).cpu()  # [Cc, F, h, w]
         if clip_encoder is not None:
             image_context = clip_encoder.encode(video[:, :, 0])[0].cpu()  # [257, 1280]
+        latents = vae.encode(video)[0].cpu()  # [C, F, h, w]
         cache.write_latents(
             clip,
-            vae.encode(video)[0].cpu(),  # [C, F, h, w]
+            latents,
             condition=condition,
             image_context=image_context,
             encoder=encoder,
             crop=crop,
         )
+    rate = sum(clip.num_frames * clip.height * clip.width for clip in todo) / 1e6 / (time.perf_counter() - started)
+    print(f"{len(todo)} clips encoded at {rate:.3g} megapixels a second")
 
 
 def to_video(frames: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -13,6 +14,11 @@ class InputError(ValueError):
     key, and what to do. Commands print that line and exit with code 2; every other exception is a defect of ours and
     keeps its traceback.
     """
+
+
+def fail(problem: InputError) -> NoReturn:
+    """Raise a problem: what a function does by default with what it finds."""
+    raise problem
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from core.errors import InputError, nearest
+from core.errors import InputError, fail, nearest
 from dataset.buckets import Crop, bucket_size, cover_crop
 from dataset.config import (
     AnyDataset,
@@ -114,7 +114,13 @@ def without_caption(clip: Clip) -> Clip:
     return replace(clip, caption="", source_name="empty_caption")
 
 
-def list_clips(config: DatasetConfig, *, spatial_stride: int, temporal_stride: int = 4) -> list[Clip]:
+def list_clips(
+    config: DatasetConfig,
+    *,
+    spatial_stride: int,
+    temporal_stride: int = 4,
+    on_problem: Callable[[InputError], None] = fail,
+) -> list[Clip]:
     """All clips of a config, in the order of its tables, the names of their sources and their first frames.
 
     Args:
@@ -122,6 +128,8 @@ def list_clips(config: DatasetConfig, *, spatial_stride: int, temporal_stride: i
         spatial_stride: pixels of a token's side (VAE stride times patch): 16, or 32 for ti2v-5B. Sizes are multiples.
         temporal_stride: video frames of a latent frame after the first. Lengths are n * temporal_stride + 1; another
             length in the TOML is rounded down, and a warning says so.
+        on_problem: called with what is wrong about a data set or a source; the listing then goes on without it. The
+            default raises it.
 
     Returns:
         At least one clip. A video too short for every length in the TOML gives none, and a warning names it.
@@ -130,32 +138,45 @@ def list_clips(config: DatasetConfig, *, spatial_stride: int, temporal_stride: i
         InputError: a folder, caption or camera file is missing, a video cannot be decoded, a size does not fit, or no
             clip is left.
     """
-    clips = []
+    clips: list[Clip] = []
     for number, dataset in enumerate(config.datasets):
         where = f"{config.path}, {dataset.table}"
-        if not dataset.enable_bucket and (dataset.height % spatial_stride or dataset.width % spatial_stride):
-            fit = [max(1, round(side / spatial_stride)) * spatial_stride for side in (dataset.width, dataset.height)]
-            raise InputError(
-                f"{where} resolution: expected width and height in multiples of {spatial_stride}, found "
-                f"{dataset.width}x{dataset.height}; the nearest that fits is [{fit[0]}, {fit[1]}], or set "
-                f"enable_bucket = true"
-            )
-        sources = list_sources(where, dataset)
-        if isinstance(dataset, ImageDataset):
-            cut = [_image(where, number, dataset, source, spatial_stride) for source in sources]
-        else:
-            lengths = _lengths(where, dataset, temporal_stride)
-            cut = [
-                clip
-                for source in sources
-                for clip in _clips_of(where, number, dataset, source, lengths, spatial_stride, temporal_stride)
-            ]
-        clips += _without_excluded(where, dataset, cut)
+        try:
+            clips += _clips_of_dataset(where, number, dataset, spatial_stride, temporal_stride, on_problem)
+        except InputError as problem:
+            on_problem(problem)
     if not clips:
-        raise InputError(
-            f"{config.path}: expected at least one clip, found none; every video is too short (see above) or excluded"
-        )
+        why = "every video is too short (see above) or excluded"
+        on_problem(InputError(f"{config.path}: expected at least one clip, found none; {why}"))
     return clips
+
+
+def _clips_of_dataset(
+    where: str,
+    number: int,
+    dataset: AnyDataset,
+    spatial_stride: int,
+    temporal_stride: int,
+    on_problem: Callable[[InputError], None],
+) -> list[Clip]:
+    if not dataset.enable_bucket and (dataset.height % spatial_stride or dataset.width % spatial_stride):
+        fit = [max(1, round(side / spatial_stride)) * spatial_stride for side in (dataset.width, dataset.height)]
+        raise InputError(
+            f"{where} resolution: expected width and height in multiples of {spatial_stride}, found "
+            f"{dataset.width}x{dataset.height}; the nearest that fits is [{fit[0]}, {fit[1]}], or set "
+            f"enable_bucket = true"
+        )
+    lengths = [1] if isinstance(dataset, ImageDataset) else _lengths(where, dataset, temporal_stride)
+    cut: list[Clip] = []
+    for source in list_sources(where, dataset, on_problem):
+        try:
+            if isinstance(dataset, ImageDataset):
+                cut.append(_image(where, number, dataset, source, spatial_stride))
+            else:
+                cut += _clips_of(where, number, dataset, source, lengths, spatial_stride, temporal_stride)
+        except InputError as problem:
+            on_problem(problem)
+    return _without_excluded(where, dataset, cut)
 
 
 def _lengths(where: str, dataset: MovingDataset, temporal_stride: int) -> list[int]:

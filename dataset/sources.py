@@ -10,14 +10,14 @@ Relative paths start at the current directory, as in the TOML.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from camera.files.settings import CAMERA_SUFFIXES
 from camera.moves.tagged_text import caption_of
-from core.errors import InputError, listing, nearest
+from core.errors import InputError, fail, listing, nearest
 from core.files import text_hash
 from dataset.config import AnyDataset, FramesDataset, ImageDataset, VideoDataset
 from dataset.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -33,12 +33,14 @@ class Source:
     camera: Path | None
 
 
-def list_sources(where: str, dataset: AnyDataset) -> list[Source]:
+def list_sources(where: str, dataset: AnyDataset, on_problem: Callable[[InputError], None] = fail) -> list[Source]:
     """The sources of one data set, in the order of their names, or of a list's lines.
 
     Args:
         where: file and table, for messages.
         dataset: from `read_dataset_config`.
+        on_problem: called with what is wrong about single files or lines of a list, which are then left out. The
+            default raises it.
 
     Raises:
         InputError: a folder, file, caption or camera file is missing, a list cannot be read, or names a file twice.
@@ -46,14 +48,14 @@ def list_sources(where: str, dataset: AnyDataset) -> list[Source]:
     if isinstance(dataset, FramesDataset):
         return [_scene(where, dataset)]
     if dataset.jsonl_file is not None:
-        return _listed(where, dataset, dataset.jsonl_file)
+        return _listed(where, dataset, dataset.jsonl_file, on_problem)
     assert dataset.folder is not None
-    return _folder(where, dataset, dataset.folder)
+    return _folder(where, dataset, dataset.folder, on_problem)
 
 
 def _scene(where: str, dataset: FramesDataset) -> Source:
-    if dataset.camera_params is not None:
-        _require_cameras(where, "the camera file camera_params", [dataset.camera_params])
+    if dataset.camera_params is not None and not dataset.camera_params.exists():
+        raise InputError(f"{where}: expected the camera file camera_params, missing: {dataset.camera_params}")
     return Source(
         path=dataset.folder,
         name=dataset.folder.resolve().name,
@@ -65,7 +67,9 @@ def _scene(where: str, dataset: FramesDataset) -> Source:
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _folder(where: str, dataset: VideoDataset | ImageDataset, folder: Path) -> list[Source]:
+def _folder(
+    where: str, dataset: VideoDataset | ImageDataset, folder: Path, on_problem: Callable[[InputError], None]
+) -> list[Source]:
     kind = "video" if isinstance(dataset, VideoDataset) else "image"
     suffixes = VIDEO_SUFFIXES if kind == "video" else IMAGE_SUFFIXES
     if not folder.is_dir():
@@ -78,15 +82,29 @@ def _folder(where: str, dataset: VideoDataset | ImageDataset, folder: Path) -> l
     if not files:
         raise InputError(f"{where} {kind}_directory: expected {kind}s ({', '.join(suffixes)}) in {folder}, found none")
     captions = {file: file.with_suffix(dataset.caption_extension) for file in files}
-    _require_files(where, f"a caption beside every {kind}", list(captions.values()))
+    captions = _present(where, f"a caption beside every {kind}", captions, on_problem)
     cameras: dict[Path, Path] = {}
     if isinstance(dataset, VideoDataset) and dataset.camera_directory is not None:
-        cameras = {file: _camera_of(where, dataset.camera_directory, file) for file in files}
-        _require_cameras(where, "a camera file for every video", list(cameras.values()))
-    return [
-        Source(path=file, name=file.name, caption=_read_caption(captions[file]), camera=cameras.get(file))
-        for file in files
-    ]
+        cameras = {file: _camera_of(where, dataset.camera_directory, file) for file in captions}
+        cameras = _present(where, "a camera file for every video", cameras, on_problem)
+        captions = {file: captions[file] for file in cameras}
+    sources = []
+    for file, caption in captions.items():
+        try:
+            sources.append(Source(path=file, name=file.name, caption=_read_caption(caption), camera=cameras.get(file)))
+        except InputError as problem:
+            on_problem(problem)
+    return sources
+
+
+def _present(
+    where: str, what: str, needed: dict[Path, Path], on_problem: Callable[[InputError], None]
+) -> dict[Path, Path]:
+    """Those files of the sources that are there; what is missing is one problem."""
+    missing = [str(file) for file in needed.values() if not file.exists()]
+    if missing:
+        on_problem(InputError(f"{where}: expected {what}, missing: {listing(missing)}"))
+    return {source: file for source, file in needed.items() if file.exists()}
 
 
 def _camera_of(where: str, folder: Path, video: Path) -> Path:
@@ -102,18 +120,6 @@ def _camera_of(where: str, folder: Path, video: Path) -> Path:
     return found[0] if found else candidates[0]
 
 
-def _require_cameras(where: str, what: str, cameras: Sequence[Path]) -> None:
-    missing = [str(camera) for camera in cameras if not camera.exists()]
-    if missing:
-        raise InputError(f"{where}: expected {what}, missing: {listing(missing)}")
-
-
-def _require_files(where: str, what: str, files: Sequence[Path]) -> None:
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise InputError(f"{where}: expected {what}, missing: {listing(missing)}")
-
-
 def _read_caption(file: Path) -> str:
     try:
         return caption_of(file.read_text(encoding="utf-8-sig"))  # without camera tags, which are no words
@@ -124,31 +130,23 @@ def _read_caption(file: Path) -> str:
 # ---- lists -----------------------------------------------------------------------------------------------------------
 
 
-def _listed(where: str, dataset: VideoDataset | ImageDataset, file: Path) -> list[Source]:
-    is_video = isinstance(dataset, VideoDataset)
-    path_key = "video_path" if is_video else "image_path"
-    known = (path_key, "caption", "camera") if is_video else (path_key, "caption")
+def _listed(
+    where: str, dataset: VideoDataset | ImageDataset, file: Path, on_problem: Callable[[InputError], None]
+) -> list[Source]:
     lines: dict[Path, int] = {}
-    sources = []
+    sources: list[Source] = []
     for number, text in enumerate(_lines(where, file), 1):
-        if not text.strip():
-            continue
-        at = f"{file}, line {number}"
-        entry = _entry(at, text, known)
-        path = Path(_required_text(at, entry, path_key)).expanduser()
-        if not path.exists():
-            raise InputError(f"{at} {path_key}: expected a file at {path}, found nothing; paths start at {Path.cwd()}")
-        other = lines.setdefault(path.resolve(), number)
-        if other != number:
-            raise InputError(f"{at} {path_key}: expected each file once, found {path} in line {other} too")
-        camera = Path(_required_text(at, entry, "camera")).expanduser() if "camera" in entry else None
-        if camera is not None and isinstance(dataset, VideoDataset) and dataset.camera.estimate:
-            raise InputError(f"{at} camera: does nothing with estimate_camera = true; remove one of the two")
-        if camera is not None and not camera.exists():
-            raise InputError(f"{at} camera: expected a file at {camera}, found nothing; paths start at {Path.cwd()}")
-        if not isinstance(entry.get("caption"), str):
-            raise InputError(f"{at} caption: expected text, found {entry.get('caption')!r}")
-        sources.append(Source(path=path, name=_unique_name(path), caption=caption_of(entry["caption"]), camera=camera))
+        if text.strip():
+            try:
+                source = _source_of_line(f"{file}, line {number}", text, dataset)
+                other = lines.setdefault(source.path.resolve(), number)
+                if other != number:
+                    raise InputError(
+                        f"{file}, line {number}: expected each file once, found {source.path} in line {other} too"
+                    )
+                sources.append(source)
+            except InputError as problem:
+                on_problem(problem)
     if not sources:
         raise InputError(f"{where}: expected lines in {file}, found none")
     without = [source for source in sources if source.camera is None]
@@ -158,6 +156,23 @@ def _listed(where: str, dataset: VideoDataset | ImageDataset, file: Path) -> lis
             f"here ({len(without)} of {len(sources)} lines)"
         )
     return sources
+
+
+def _source_of_line(at: str, text: str, dataset: VideoDataset | ImageDataset) -> Source:
+    is_video = isinstance(dataset, VideoDataset)
+    path_key = "video_path" if is_video else "image_path"
+    entry = _entry(at, text, (path_key, "caption", "camera") if is_video else (path_key, "caption"))
+    path = Path(_required_text(at, entry, path_key)).expanduser()
+    if not path.exists():
+        raise InputError(f"{at} {path_key}: expected a file at {path}, found nothing; paths start at {Path.cwd()}")
+    camera = Path(_required_text(at, entry, "camera")).expanduser() if "camera" in entry else None
+    if camera is not None and isinstance(dataset, VideoDataset) and dataset.camera.estimate:
+        raise InputError(f"{at} camera: does nothing with estimate_camera = true; remove one of the two")
+    if camera is not None and not camera.exists():
+        raise InputError(f"{at} camera: expected a file at {camera}, found nothing; paths start at {Path.cwd()}")
+    if not isinstance(entry.get("caption"), str):
+        raise InputError(f"{at} caption: expected text, found {entry.get('caption')!r}")
+    return Source(path=path, name=_unique_name(path), caption=caption_of(entry["caption"]), camera=camera)
 
 
 def _lines(where: str, file: Path) -> list[str]:
