@@ -34,7 +34,13 @@ class Options:
     device: str | None = None
     """Default: cuda where there is one, else cpu."""
     skip_existing: bool = False
-    """Leave caches alone that are current: same caption, same encoder."""
+    """Leave caches alone that are current: same caption, same encoder. What is not is written again, and the reason said."""
+    verify: bool = False
+    """As --skip_existing, and read every cache whole: a damaged one is written again."""
+    prune: bool = False
+    """Remove caches that belong to no clip of the config. They are named otherwise."""
+    keep_cache: bool = False
+    """Keep caches that belong to no clip: the default."""
 
 
 if __name__ == "__main__":
@@ -45,9 +51,12 @@ from tqdm import tqdm
 
 from core.files import fingerprint
 from core.model_files import resolve_model
+from core.processes import this_process
 from dataset import cache
-from dataset.clips import list_clips, without_caption
+from dataset.caching import find_todo, prune_wanted, say, tidy
+from dataset.clips import Clip, list_clips, without_caption
 from dataset.config import read_dataset_config
+from memory.quant import RECIPES
 from wan_ext.configs import get_variant
 from wan_ext.text_encoder import load_text_encoder
 
@@ -62,18 +71,24 @@ def main(options: Options) -> None:
     }
     files = resolve_model(flags, table=config.model, table_source=options.dataset_config, needs=("t5",))
     variant = get_variant(files.task)
-    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    process = this_process()
+    gpu = f"cuda:{process.local_rank}" if torch.cuda.is_available() else "cpu"
     device = torch.device("cpu" if options.t5_cpu else options.device or gpu)
     clips = list_clips(config, spatial_stride=variant.spatial_stride, temporal_stride=variant.vae.stride[0])
 
     encoder = fingerprint(files.t5)
     clips += [without_caption(clip) for clip in clips if clip.caption_dropout]
     clips = list({clip.text_cache: clip for clip in clips}.values())  # clips cut from one video share its caption
-    todo = clips
-    if options.skip_existing:
-        todo = [clip for clip in clips if not cache.is_current(clip, "text", encoder=encoder)]
-    print(f"{len(clips)} captions, {len(clips) - len(todo)} already cached")
-    if not todo:
+
+    def problem(clip: Clip) -> str | None:
+        flaw = cache.problem(clip, "text", encoder=encoder)
+        return cache.damage(clip, "text") if options.verify and flaw is None else flaw
+
+    tidy(clips, "text", prune=prune_wanted(options.prune, options.keep_cache), process=process)
+    skip = options.skip_existing or options.verify
+    todo = find_todo(clips, problem, kind="text", skip_existing=skip, process=process)
+    say(todo, what="captions", process=process)
+    if not todo.clips:
         return
 
     text_encoder = load_text_encoder(
@@ -83,9 +98,9 @@ def main(options: Options) -> None:
         text_len=variant.dit.text_len,
         dtype=torch.bfloat16,
         device=device,
-        quantize=options.fp8_t5,
+        recipe=RECIPES["fp8"] if options.fp8_t5 else None,
     )
-    for clip in tqdm(todo, desc="text", unit="caption"):
+    for clip in tqdm(todo.clips, desc="text", unit="caption", disable=not process.is_main):
         (context,) = text_encoder.encode([clip.caption])  # [S, D]
         cache.write_text(clip, context.cpu(), encoder=encoder)
 

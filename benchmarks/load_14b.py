@@ -48,6 +48,7 @@ import torch
 
 from core.errors import InputError
 from core.files import atomic_path
+from memory.quant import RECIPES
 from wan_ext.configs import WanVariant, get_variant
 from wan_ext.dit import WanDiT
 from wan_ext.loading import load_dit
@@ -121,7 +122,7 @@ def measure_load(folder: Path, layers: int) -> Figures:
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     imports_bytes = high_water_mark()
     start = time.perf_counter()
-    dit = load_dit(folder, variant_with(layers), dtype=torch.bfloat16, quantize=True)
+    dit = load_dit(folder, variant_with(layers), dtype=torch.bfloat16, recipe=RECIPES["fp8"])
     seconds = time.perf_counter() - start
     quantized_bytes = sum(tensor.nbytes for tensor in dit.state_dict().values())
     return Figures(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core.errors import InputError, listing
 from memory.quant import QuantizedWeight, QuantLinear, QuantRecipe, quantize
 from wan_ext.checkpoint_files import Checkpoint
-from wan_ext.scaled_fp8 import Fp8Scales, dequantize_fp8, find_fp8_scales, require_numbers, row_scales
+from wan_ext.scaled_fp8 import dequantize_fp8, find_fp8_scales, require_numbers, row_scales
 
 MADE_HERE = {"weight_scale", "weight_transposed"}
 """What quantising makes of the weight of a `QuantLinear`; no checkpoint holds it."""
@@ -190,7 +190,7 @@ def quantize_linears(module: nn.Module, recipe: QuantRecipe, *, bias_dtype: torc
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name: module by module, a module's own before those inside it, tied ones once."""
+    """Parameters and persistent buffers by name, in the order of `modules()`; tied modules count once."""
     found = {}
     for prefix, owner in module.named_modules():
         for leaf in (*owner._parameters, *(n for n in owner._buffers if n not in owner._non_persistent_buffers_set)):

@@ -2,8 +2,9 @@
 
 The variant is read off the shapes and must be the one asked for: a wrong file would otherwise load, or fail on its
 thousandth key. The model is built on the meta device and filled tensor by tensor (`wan_ext.assemble`), each in the
-precision that the DiT computes with (`wan_ext.dit.storage_dtype`); with `quantize` the linears of the blocks become 8
-bits as they are read, so that a 28 GB expert needs 15 GB of memory from the first byte to the last.
+precision that the DiT computes with (`wan_ext.dit.storage_dtype`); with a recipe the linears of the blocks become 8
+bits as they are read, so that a 28 GB expert needs 15 GB of memory from the first byte to the last. What
+`write_quantized_dit` has once made of it is mapped instead (`wan_ext.quantized_files`), in a second.
 
 What shapes cannot tell: the two experts of a mixture and Wan2.1's t2v-14B look alike. The user says which is which.
 
@@ -22,13 +23,15 @@ from pathlib import Path
 import torch
 
 from core.errors import InputError, listing
-from core.files import atomic_path, save_safetensors
-from wan_ext.assemble import fill_module, quantize_linears
+from core.files import atomic_path, fingerprint, save_safetensors
+from memory.quant import RECIPES, QuantRecipe, parse_recipe
+from wan_ext.assemble import Conversion, assign, quantize_linears
 from wan_ext.checkpoint_files import Checkpoint, open_checkpoint
 from wan_ext.configs import VARIANTS, DiTConfig, WanVariant
 from wan_ext.control_adapter import PREFIX, RAY_CHANNELS
 from wan_ext.dit import WanDiT, storage_dtype
 from wan_ext.key_maps import dit_diffusers_name
+from wan_ext.quantized_files import Report, quantized_file, refuse_quantized, write_quantized
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 BLOCK = re.compile(r"^blocks\.(\d+)\.")
@@ -133,25 +136,115 @@ def load_dit(
     variant: WanVariant,
     *,
     dtype: torch.dtype,
-    quantize: bool = False,
+    recipe: QuantRecipe | None = None,
     device: torch.device | str = "cpu",
     attention_backend: str = "sdpa",
 ) -> WanDiT:
     """Load one expert (or the only one) of a variant, frozen.
 
     Args:
-        path: .safetensors (native or ComfyUI, any precision, scaled fp8 included), .pth, a native sharded folder, or
-            diffusers' `transformer/` or `transformer_2/`.
+        path: .safetensors (native or ComfyUI, any precision, scaled fp8 included), .pth, a native sharded folder,
+            diffusers' `transformer/` or `transformer_2/`, or a file of `write_quantized_dit`.
         variant: what the file must hold.
         dtype: in which the linears compute, and are stored unless quantised.
-        quantize: keep the linears of the blocks as e4m3 with block scales. What a file holds in e4m3 already is kept.
+        recipe: how to keep the linears of the blocks in 8 bits; None: as `dtype`, or as a file of 8-bit weights has
+            them. What a file holds in e4m3 already is kept where the recipe can use it.
         device: where the weights go; they are converted there.
         attention_backend: see `wan_ext.attention`.
 
     Raises:
-        InputError: the file is broken, holds another variant, or has missing, unexpected or unconsumed tensors.
+        InputError: the file is broken, holds another variant or 8-bit weights of another recipe, or has missing,
+            unexpected or unconsumed tensors.
     """
     checkpoint = open_checkpoint(path)
+    ready = quantized_file(checkpoint, model="dit")
+    _require_variant(checkpoint, variant)
+    if ready is None:
+        dit, conversion = _unfilled(checkpoint, variant, dtype=dtype, recipe=recipe)
+        for name, tensor in conversion.tensors(device):
+            assign(dit, name, tensor)
+    else:
+        dit = _empty(variant, dtype=dtype, recipe=ready.recipe_for(recipe))
+        ready.fill(
+            dit,
+            blocks=list(dit.blocks),
+            what=f"the DiT of {variant.name}",
+            dtype_of=lambda name: storage_dtype(name, dtype),
+            device=device,
+        )
+    dit.attention_backend = attention_backend
+    return dit.eval()
+
+
+def write_quantized_dit(
+    path: Path | str,
+    output: Path,
+    *,
+    recipe: QuantRecipe,
+    variant: WanVariant | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    report: Report | None = None,
+) -> None:
+    """Write a checkpoint's DiT with 8-bit weights: what `load_dit` with this recipe would make of it.
+
+    Args:
+        path: the checkpoint, of any kind that `load_dit` takes but this one.
+        output: the .safetensors file to write, atomically.
+        recipe: of the linears in the blocks.
+        variant: what the checkpoint must hold; None: any.
+        dtype: in which the model will compute; what is not quantised is stored for it.
+        device: where weights are quantised.
+        report: told after each tensor how far it is.
+
+    Raises:
+        InputError: as for `load_dit`; the checkpoint is quantised already; the disk is too small.
+    """
+    checkpoint = open_checkpoint(path)
+    refuse_quantized(checkpoint, "to quantise")
+    shape = DiTShape.of_checkpoint(checkpoint)
+    names = detect_variant(shape)
+    if variant is None:
+        if not names:
+            raise InputError(
+                f"{checkpoint.path}: expected the DiT of a known task ({', '.join(VARIANTS)}), found one of {shape}"
+            )
+        variant = VARIANTS[names[0]]
+    _require_variant(checkpoint, variant)
+    dit, conversion = _unfilled(checkpoint, variant, dtype=dtype, recipe=recipe)
+    write_quantized(
+        output,
+        dit,
+        conversion.tensors(device),
+        blocks=list(dit.blocks),
+        model="dit",
+        recipe=recipe,
+        holds=f"{' or '.join(names) or variant.name}, {shape}",
+        source=fingerprint(checkpoint.path),
+        report=report,
+    )
+
+
+def chosen_recipe(name: str | None, *, fp8: bool) -> QuantRecipe | None:
+    """The recipe that flags ask for.
+
+    Args:
+        name: of --quantize; None: not given.
+        fp8: whether a flag that means "fp8" is given too.
+
+    Raises:
+        InputError: there is no such recipe, or the flags contradict each other.
+    """
+    if name is None:
+        return RECIPES["fp8"] if fp8 else None
+    recipe = parse_recipe(name)
+    if fp8 and recipe != RECIPES["fp8"]:
+        raise InputError(f"--quantize {name}: expected it without the flag for fp8, found both; give one of them")
+    return recipe
+
+
+def _require_variant(checkpoint: Checkpoint, variant: WanVariant) -> None:
+    """Refuse the checkpoint of another variant."""
     found, expected = DiTShape.of_checkpoint(checkpoint), DiTShape.of_config(variant.dit)
     if found != expected:
         names = detect_variant(found)
@@ -160,19 +253,30 @@ def load_dit(
             f"{checkpoint.path}: expected {variant.name} ({expected}), "
             f"found {' or '.join(names) or 'no known variant'} ({found}); {advice}"
         )
+
+
+def _empty(variant: WanVariant, *, dtype: torch.dtype, recipe: QuantRecipe | None) -> WanDiT:
+    """The model on the meta device."""
     with torch.device("meta"):
-        dit = WanDiT(variant.dit, attention_backend=attention_backend)
-    if quantize:
-        quantize_linears(dit.blocks, bias_dtype=dtype)
-    fill_module(
+        dit = WanDiT(variant.dit)
+    if recipe is not None:
+        quantize_linears(dit.blocks, recipe, bias_dtype=dtype)
+    return dit
+
+
+def _unfilled(
+    checkpoint: Checkpoint, variant: WanVariant, *, dtype: torch.dtype, recipe: QuantRecipe | None
+) -> tuple[WanDiT, Conversion]:
+    """The model on the meta device, and what will fill it."""
+    dit = _empty(variant, dtype=dtype, recipe=recipe)
+    conversion = Conversion(
         dit,
         checkpoint,
         what=f"the DiT of {variant.name}",
         name_in_file=names_of(checkpoint),
         dtype_of=lambda name: storage_dtype(name, dtype),
-        device=device,
     )
-    return dit.eval()
+    return dit, conversion
 
 
 def save_dit(dit: WanDiT, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:

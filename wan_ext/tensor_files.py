@@ -69,6 +69,10 @@ class StoredTensor:
 class SafetensorsFile:
     """A safetensors file. The header is read and checked at once, tensors when they are asked for.
 
+    Attributes:
+        tensors: where each lies.
+        num_bytes: size of the file.
+
     Raises:
         InputError: the file is truncated, or is not a safetensors file.
     """
@@ -76,8 +80,8 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         self.metadata: Mapping[str, str] = {}
-        self._tensors: dict[str, StoredTensor] = {}
-        size = path.stat().st_size
+        self.tensors: dict[str, StoredTensor] = {}
+        size = self.num_bytes = path.stat().st_size
         with open(path, "rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
@@ -86,12 +90,12 @@ class SafetensorsFile:
                 header = json.loads(file.read(header_bytes))
                 self.metadata = header.pop("__metadata__", {})
                 for name, entry in header.items():
-                    self._tensors[name] = self._stored(name, entry, 8 + header_bytes)
+                    self.tensors[name] = self._stored(name, entry, 8 + header_bytes)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if isinstance(error, InputError):
                     raise
                 raise InputError(f"{path}: expected a safetensors file, {what_it_is(path)}") from None
-        end = max((tensor.start + tensor.num_bytes for tensor in self._tensors.values()), default=8 + header_bytes)
+        end = max((tensor.start + tensor.num_bytes for tensor in self.tensors.values()), default=8 + header_bytes)
         if end > size:
             raise InputError(
                 f"{path}: the file is truncated: expected {end} bytes, found {size}; download or write it again"
@@ -110,16 +114,16 @@ class SafetensorsFile:
         return StoredTensor(dtype=dtype, shape=shape, start=data_start + start, num_bytes=stop - start)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
+        return self.tensors[name].dtype
 
     def position(self, name: str) -> int:
-        return self._tensors[name].start
+        return self.tensors[name].start
 
     def get(self, name: str) -> Tensor:
-        stored = self._tensors[name]
+        stored = self.tensors[name]
         data = torch.empty(stored.num_bytes, dtype=torch.uint8)
         _advise(data, "MADV_HUGEPAGE")  # a third less time for a fresh 140 MB than in pages of 4 KB
         view = data.numpy().data
@@ -136,7 +140,7 @@ class SafetensorsFile:
     def will_read(self, name: str) -> None:
         """Let the kernel fetch a tensor from the disk into its own cache while this process computes."""
         if hasattr(os, "posix_fadvise"):
-            stored = self._tensors[name]
+            stored = self.tensors[name]
             with open(self.path, "rb", buffering=0) as file:
                 os.posix_fadvise(file.fileno(), stored.start, stored.num_bytes, os.POSIX_FADV_WILLNEED)
 

@@ -27,7 +27,15 @@ EOS = "</s>"
 class Tokenizer:
     """Prompts to token ids that end with the end-of-sentence token."""
 
-    def __init__(self, encode: Callable[[str], list[int]], *, vocab_size: int, eos_id: int, source: str):
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        *,
+        vocab_size: int,
+        eos_id: int,
+        source: str,
+        sentencepiece_model: bytes | None = None,
+    ):
         """Most callers want `from_file` or `from_bytes`.
 
         Args:
@@ -35,11 +43,13 @@ class Tokenizer:
             vocab_size: number of ids.
             eos_id: appended to every prompt.
             source: where it comes from, for messages.
+            sentencepiece_model: the content of the file, if it was one of sentencepiece.
         """
         self._encode = encode
         self.vocab_size = vocab_size
         self.eos_id = eos_id
         self.source = source
+        self.sentencepiece_model = sentencepiece_model
 
     @classmethod
     def from_file(cls, path: Path | str) -> Tokenizer:
@@ -88,7 +98,13 @@ class Tokenizer:
             model.LoadFromSerializedProto(data)
         except RuntimeError:
             raise InputError(f"{source}: expected a sentencepiece model, found {len(data)} other bytes") from None
-        return cls(model.EncodeAsIds, vocab_size=model.GetPieceSize(), eos_id=model.eos_id(), source=source)
+        return cls(
+            model.EncodeAsIds,
+            vocab_size=model.GetPieceSize(),
+            eos_id=model.eos_id(),
+            source=source,
+            sentencepiece_model=data,
+        )
 
     def __call__(self, prompt: str, *, max_length: int) -> list[int]:
         """Clean a prompt and turn it into at most `max_length` ids, the last of which is the end of the sentence."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core.errors import InputError
-from memory.quant import QuantLinear, dequantize
+from memory.quant import RECIPES, QuantLinear, dequantize
 from memory.quant import quantize as quantize_weight
 from tests.wan_ext.models import diffusers_names, lively_dit
 from wan_ext import tensor_files
@@ -112,12 +112,12 @@ def test_the_image_branch_loads_under_both_namings(tmp_path):
         assert_same(load_dit(path, SMALL_I2V, dtype=torch.float32), weights)
 
 
-@pytest.mark.parametrize("quantize", [False, True])
-def test_each_tensor_has_the_precision_that_the_dit_computes_with(weights, tmp_path, quantize):
+@pytest.mark.parametrize("recipe", [None, RECIPES["fp8"]], ids=["whole", "fp8"])
+def test_each_tensor_has_the_precision_that_the_dit_computes_with(weights, tmp_path, recipe):
     save_file(weights, tmp_path / "w.safetensors")
-    dit = load_dit(tmp_path / "w.safetensors", SMALL_T2V, dtype=torch.bfloat16, quantize=quantize)
+    dit = load_dit(tmp_path / "w.safetensors", SMALL_T2V, dtype=torch.bfloat16, recipe=recipe)
     for name, tensor in dit.state_dict().items():
-        if quantize and name in weights and is_block_linear(name, weights[name]):
+        if recipe and name in weights and is_block_linear(name, weights[name]):
             assert tensor.dtype == FP8
         elif not name.endswith("weight_scale"):
             assert tensor.dtype == storage_dtype(name, torch.bfloat16)
@@ -126,7 +126,7 @@ def test_each_tensor_has_the_precision_that_the_dit_computes_with(weights, tmp_p
 
 def test_quantised_linears_are_those_of_the_blocks(weights, tmp_path):
     save_file(weights, tmp_path / "w.safetensors")
-    dit = load_dit(tmp_path / "w.safetensors", SMALL_T2V, dtype=torch.float32, quantize=True)
+    dit = load_dit(tmp_path / "w.safetensors", SMALL_T2V, dtype=torch.float32, recipe=RECIPES["fp8"])
     assert not any(isinstance(module, nn.Linear) for module in dit.blocks.modules())
     assert not any(isinstance(m, QuantLinear) for name, m in dit.named_modules() if not name.startswith("blocks."))
     for name, linear in dit.named_modules():
@@ -143,7 +143,7 @@ def test_scaled_fp8_is_dequantised_or_kept_exactly(weights, tmp_path, generation
     stored, numbers = scaled_fp8(weights, generation=generation, by=by)
     save_file({prefix + name: tensor for name, tensor in stored.items()}, tmp_path / "w.safetensors")
     assert_same(load_dit(tmp_path / "w.safetensors", SMALL_T2V, dtype=torch.float32), numbers)
-    kept = load_dit(tmp_path / "w.safetensors", SMALL_T2V, dtype=torch.float32, quantize=True)
+    kept = load_dit(tmp_path / "w.safetensors", SMALL_T2V, dtype=torch.float32, recipe=RECIPES["fp8"])
     for name, linear in kept.named_modules():
         if isinstance(linear, QuantLinear):
             assert torch.equal(linear.weight.view(torch.uint8), stored[f"{name}.weight"].view(torch.uint8))
@@ -191,7 +191,7 @@ def test_weights_that_are_not_numbers_are_refused_when_quantising(weights, tmp_p
     broken["blocks.1.self_attn.q.weight"][5, 7] = float("nan")
     save_file({name: tensor.to(stored) for name, tensor in broken.items()}, tmp_path / "w.safetensors")
     with pytest.raises(InputError, match=r"blocks\.1\.self_attn\.q\.weight: expected finite weights"):
-        load_dit(tmp_path / "w.safetensors", SMALL_T2V, dtype=torch.bfloat16, quantize=True)
+        load_dit(tmp_path / "w.safetensors", SMALL_T2V, dtype=torch.bfloat16, recipe=RECIPES["fp8"])
 
 
 def test_all_faults_of_the_keys_are_one_error(weights, tmp_path):
@@ -256,9 +256,9 @@ FUN = {
 }
 
 
-@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("recipe", [None, RECIPES["fp8"]], ids=["whole", "fp8"])
 @pytest.mark.parametrize("task", FUN)
-def test_a_camera_adapter_is_a_part_of_the_dit_in_every_layout(task, quantize, tmp_path):
+def test_a_camera_adapter_is_a_part_of_the_dit_in_every_layout(task, recipe, tmp_path):
     config = FUN[task]
     weights = lively_dit(config).state_dict()
     assert {name for name in weights if name.startswith("control_adapter.")} == {
@@ -271,7 +271,7 @@ def test_a_camera_adapter_is_a_part_of_the_dit_in_every_layout(task, quantize, t
     write_shards(weights, tmp_path / "high_noise_model")
     variant = replace(get_variant(task), dit=config)
     for path in (tmp_path / "comfy.safetensors", tmp_path / "high_noise_model", tmp_path):  # the last: by its stem
-        dit = load_dit(path, variant, dtype=torch.bfloat16, quantize=quantize)
+        dit = load_dit(path, variant, dtype=torch.bfloat16, recipe=recipe)
         for name, tensor in weights.items():
             if name.startswith("control_adapter."):
                 assert torch.equal(dit.state_dict()[name], tensor.to(storage_dtype(name, torch.bfloat16)))
@@ -347,13 +347,13 @@ class Ledger:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-@pytest.mark.parametrize("quantize", [False, True])
-def test_the_host_holds_the_result_and_one_tensor(weights, tmp_path, monkeypatch, suffix, quantize):
+@pytest.mark.parametrize("recipe", [None, RECIPES["fp8"]], ids=["whole", "fp8"])
+def test_the_host_holds_the_result_and_one_tensor(weights, tmp_path, monkeypatch, suffix, recipe):
     path = tmp_path / f"w.{suffix}"
     save_file(weights, path) if suffix == "safetensors" else torch.save(weights, path)
     reader = tensor_files.SafetensorsFile if suffix == "safetensors" else tensor_files.TorchFile
     ledger = Ledger(monkeypatch, reader)
-    dit = load_dit(path, SMALL_T2V, dtype=torch.bfloat16, quantize=quantize)
+    dit = load_dit(path, SMALL_T2V, dtype=torch.bfloat16, recipe=recipe)
     kept = sum(p.nbytes for p in dit.parameters() if p.dtype == torch.float32)  # those that need no conversion
     assert sum(ledger.live.values()) == kept
     assert ledger.peak <= kept + ledger.largest
@@ -372,5 +372,5 @@ def test_tensors_are_read_in_the_order_of_the_file(weights, tmp_path):
     save_file(weights, tmp_path / "w.safetensors")
     checkpoint = open_checkpoint(tmp_path / "w.safetensors")
     order = sorted(checkpoint.names(), key=checkpoint.position)
-    starts = [checkpoint.files[0]._tensors[name].start for name in order]
+    starts = [checkpoint.files[0].tensors[name].start for name in order]
     assert starts == sorted(starts)

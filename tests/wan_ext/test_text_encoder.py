@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import InputError
-from memory.quant import QuantLinear
+from memory.quant import RECIPES, QuantLinear
 from tests.wan_ext.encoders import SENTENCES, golden_umt5, spiece_bytes
 from wan_ext.text_encoder import load_text_encoder, save_text_encoder_native
 
@@ -81,7 +81,7 @@ def test_one_prompt_alone_equals_the_padded_and_masked_one(case):
 
 def test_eight_bits_round_the_weights_and_nothing_else(case):
     *_, config, path = case
-    whole, small = load(path, config), load(path, config, quantize=True)
+    whole, small = load(path, config), load(path, config, recipe=RECIPES["fp8"])
     linears = {name: m for name, m in small.network.named_modules() if isinstance(m, QuantLinear)}
     assert len(linears) == 7 * config.num_layers
     assert not [m for m in small.network.modules() if isinstance(m, torch.nn.Linear)]
@@ -94,8 +94,8 @@ def test_eight_bits_round_the_weights_and_nothing_else(case):
 
 def test_bfloat16_computes_in_bfloat16(case):
     *_, config, path = case
-    for quantize in (False, True):
-        encoder = load(path, config, dtype=torch.bfloat16, quantize=quantize)
+    for recipe in (None, RECIPES["fp8"]):
+        encoder = load(path, config, dtype=torch.bfloat16, recipe=recipe)
         assert encoder.encode(SENTENCES[:1])[0].dtype == torch.bfloat16
         assert encoder.dtype == torch.bfloat16
 
