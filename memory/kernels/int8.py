@@ -19,7 +19,7 @@ float32, and one rounding.
 Shapes: M rows (tokens), K inputs, N outputs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -199,7 +199,8 @@ def int8_matmul(
 
 def _candidates(m: int, device: torch.device) -> list[Tile]:
     """The tiles whose factors fit the shared memory that a program may have on this card."""
-    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks the field
+    most = properties.shared_memory_per_block_optin
     return [tile for tile in (SHORT_TILES if m <= SHORT else TILES) if tile.shared_bytes <= most]
 
 
