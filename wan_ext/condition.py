@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import rearrange, repeat
@@ -44,6 +45,10 @@ class CameraBranch(nn.Module):
     Both methods return what is added, in the dtype of `x`, as [B, F, 1 | h w, D] or [B, 1, L, D].
     The base adds nothing.
     """
+
+    tokenwise: ClassVar[bool] = False
+    """Whether what a token gets depends on itself and on the features of its own latent frame alone. Such a branch may
+    be given some tokens at a time, whole frames or a part of one, with the features of those frames."""
 
     def before(self, x: Tensor, features: Tensor) -> Tensor | None:
         """For the input of self-attention. Not asked at cross-attention.

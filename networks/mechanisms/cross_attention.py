@@ -53,6 +53,8 @@ class CameraTokensEncoder(CameraEncoder):
 class CrossAttentionBranch(CameraBranch):
     """Keys, values and output of one block."""
 
+    tokenwise = True
+
     def __init__(self, variant: WanVariant, settings: CameraSettings, generator: torch.Generator | None) -> None:
         super().__init__()
         assert isinstance(settings.rank, int)

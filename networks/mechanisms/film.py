@@ -38,6 +38,8 @@ class FrameFeaturesEncoder(CameraEncoder):
 class FilmBranch(CameraBranch):
     """Scale and shift of one block."""
 
+    tokenwise = True
+
     def __init__(self, variant: WanVariant, settings: CameraSettings, generator: torch.Generator | None) -> None:
         super().__init__()
         self.scale_shift = zero_linear(feature_width(settings), 2 * variant.dit.dim)

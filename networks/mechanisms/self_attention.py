@@ -29,6 +29,8 @@ from wan_ext.configs import WanVariant
 class SelfAttentionBranch(CameraBranch):
     """Pose before, projector after the self-attention of one block."""
 
+    tokenwise = True
+
     def __init__(self, variant: WanVariant, settings: CameraSettings, generator: torch.Generator | None) -> None:
         super().__init__()
         dim = variant.dit.dim
