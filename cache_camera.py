@@ -29,7 +29,14 @@ class Options:
     task: str | None = None
     """t2v-A14B, i2v-A14B, ti2v-5B, t2v-1.3B, t2v-14B, i2v-14B, t2i-14B or tiny: decides which sizes fit."""
     skip_existing: bool = False
-    """Leave caches alone that are current: same camera file, same crop, same conventions, same estimator."""
+    """Leave caches alone that are current: same camera file, same crop, same conventions, same estimator.
+    What is not is written again, and the reason is said."""
+    verify: bool = False
+    """As --skip_existing, and read every cache whole: a damaged one is written again."""
+    prune: bool = False
+    """Remove caches that belong to no clip of the config. They are named otherwise."""
+    keep_cache: bool = False
+    """Keep caches that belong to no clip: the default."""
     estimate: bool = False
     """Estimate the cameras of data sets with estimate_camera = true, from their frames (from 10 s a clip up)."""
     mapper: Literal["incremental", "global"] = "incremental"
@@ -49,7 +56,9 @@ from camera.estimate import EstimateFailed
 from core.errors import InputError
 from core.files import atomic_path, read_safetensors_header
 from core.model_files import resolve_model
+from core.processes import Process, this_process
 from dataset import cache
+from dataset.caching import Todo, find_todo, prune_wanted, say, tidy
 from dataset.cameras import read_clip_camera
 from dataset.clips import Clip, list_clips, read_excluded
 from dataset.config import DatasetConfig, read_dataset_config
@@ -69,10 +78,12 @@ def main(options: Options) -> None:
     from_files = [clip for clip in clips if clip.camera is not None and not clip.camera.settings.estimate]
     from_frames = [clip for clip in clips if clip.camera is not None and clip.camera.settings.estimate]
     check(options, from_files, from_frames)
+    process = this_process()
+    tidy(clips, "camera", prune=prune_wanted(options.prune, options.keep_cache), process=process)
     if from_files:
-        read_cameras(options, from_files)
+        read_cameras(options, from_files, process)
     if options.estimate:
-        estimate_cameras(options, config, from_frames)
+        estimate_cameras(options, config, from_frames, process)
     elif from_frames:
         print(f"{len(from_frames)} clips have estimate_camera = true and wait for --estimate")
 
@@ -98,17 +109,26 @@ def check(options: Options, from_files: list[Clip], from_frames: list[Clip]) -> 
         raise InputError(f"--{given[0]}: does nothing without --estimate")
 
 
-def read_cameras(options: Options, clips: list[Clip]) -> None:
+def find(options: Options, clips: list[Clip], estimator: str | None, process: Process) -> Todo:
+    """The cameras that this process caches."""
+
+    def problem(clip: Clip) -> str | None:
+        flaw = cache.problem(clip, "camera", encoder=estimator)
+        return cache.damage(clip, "camera") if options.verify and flaw is None else flaw
+
+    skip = options.skip_existing or options.verify
+    return find_todo(clips, problem, kind="camera", skip_existing=skip, process=process)
+
+
+def read_cameras(options: Options, clips: list[Clip], process: Process) -> None:
     """Cache the cameras that come from files."""
-    todo = clips
-    if options.skip_existing:
-        todo = [clip for clip in clips if not cache.is_current(clip, "camera")]
-    print(f"{len(clips)} camera paths, {len(clips) - len(todo)} already cached")
-    for clip in tqdm(todo, desc="cameras", unit="clip"):
+    todo = find(options, clips, None, process)
+    say(todo, what="camera paths", process=process)
+    for clip in tqdm(todo, total=len(todo.mine), desc="cameras", unit="clip", disable=not process.is_main):
         cache.write_camera(clip, read_clip_camera(clip))
 
 
-def estimate_cameras(options: Options, config: DatasetConfig, clips: list[Clip]) -> None:
+def estimate_cameras(options: Options, config: DatasetConfig, clips: list[Clip], process: Process) -> None:
     """Cache the cameras that are found in frames, and say how far to trust each.
 
     Raises:
@@ -116,12 +136,10 @@ def estimate_cameras(options: Options, config: DatasetConfig, clips: list[Clip])
     """
     estimator = estimator_name(options.mapper, options.seed)
     warn_of_units(config, clips)
-    todo = clips
-    if options.skip_existing:
-        todo = [clip for clip in clips if not cache.is_current(clip, "camera", encoder=estimator)]
-    print(f"{len(clips)} camera paths to estimate, {len(clips) - len(todo)} already cached")
+    todo = find(options, clips, estimator, process)
+    say(todo, what="camera paths to estimate", process=process)
     failed: dict[str, tuple[Clip, str]] = {}
-    for clip in tqdm(todo, desc="estimate", unit="clip"):
+    for clip in tqdm(todo, total=len(todo.mine), desc="estimate", unit="clip", disable=not process.is_main):
         try:
             found = estimate_clip_camera(clip, mapper=options.mapper, seed=options.seed)
         except EstimateFailed as error:

@@ -3,6 +3,8 @@
     python cache_latents.py --dataset_config x.toml
     python cache_latents.py --dataset_config x.toml --task t2v-A14B --vae Wan2.1_VAE.pth --skip_existing
 
+    accelerate launch --num_processes 4 cache_latents.py ...      clips divided among processes, one on each device
+
 One safetensors file per clip, named in the clip's cache directory, with what it was made from written inside.
 For image-to-video tasks the first frame's condition (and CLIP features, Wan2.1) is encoded with it.
 """
@@ -35,7 +37,14 @@ class Options:
     device: str | None = None
     """Default: cuda where there is one, else cpu."""
     skip_existing: bool = False
-    """Leave caches alone that are current: same clip, same crop, same encoder."""
+    """Leave caches alone that are current: same clip, same crop, same encoder.
+    What is not is written again, and the reason is said."""
+    verify: bool = False
+    """As --skip_existing, and read every cache whole: a damaged one is written again."""
+    prune: bool = False
+    """Remove caches that belong to no clip of the config. They are named otherwise."""
+    keep_cache: bool = False
+    """Keep caches that belong to no clip: the default."""
 
 
 if __name__ == "__main__":
@@ -48,8 +57,10 @@ from tqdm import tqdm
 
 from core.files import fingerprint
 from core.model_files import resolve_model
+from core.processes import this_process
 from dataset import cache
-from dataset.clips import list_clips
+from dataset.caching import find_todo, prune_wanted, say, tidy
+from dataset.clips import Clip, list_clips
 from dataset.config import read_dataset_config
 from dataset.video import read_clip
 from wan_ext.condition import encode_first_frame
@@ -63,7 +74,8 @@ def main(options: Options) -> None:
     flags = {"task": options.task, "ckpt_dir": options.ckpt_dir, "vae": options.vae, "clip": options.clip}
     files = resolve_model(flags, table=config.model, table_source=options.dataset_config, needs=("vae",))
     variant = get_variant(files.task)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    process = this_process()
+    device = torch.device(options.device or (f"cuda:{process.local_rank}" if torch.cuda.is_available() else "cpu"))
     clips = list_clips(config, spatial_stride=variant.spatial_stride, temporal_stride=variant.vae.stride[0])
 
     encoder = fingerprint(files.vae)
@@ -71,11 +83,16 @@ def main(options: Options) -> None:
         "condition_channels": variant.dit.condition_channels,
         "image_context": variant.image_encoder is not None,
     }
-    todo = clips
-    if options.skip_existing:
-        todo = [clip for clip in clips if not cache.is_current(clip, "latents", encoder=encoder, **needs)]
-    print(f"{len(clips)} clips, {len(clips) - len(todo)} already cached")
-    if not todo:
+
+    def problem(clip: Clip) -> str | None:
+        flaw = cache.problem(clip, "latents", encoder=encoder, **needs)
+        return cache.damage(clip, "latents") if options.verify and flaw is None else flaw
+
+    tidy(clips, "latents", prune=prune_wanted(options.prune, options.keep_cache), process=process)
+    skip = options.skip_existing or options.verify
+    todo = find_todo(clips, problem, kind="latents", skip_existing=skip, process=process)
+    say(todo, what="clips", process=process)
+    if not todo.mine and not todo.others:
         return
 
     vae = load_vae(files.vae, variant.vae, dtype=getattr(torch, options.vae_dtype), device=device)
@@ -84,8 +101,8 @@ def main(options: Options) -> None:
         files = resolve_model(flags, table=config.model, table_source=options.dataset_config, needs=("vae", "clip"))
         clip_encoder = load_image_encoder(files.clip, variant.image_encoder, device=device)
 
-    started = time.perf_counter()
-    for clip in tqdm(todo, desc="latents", unit="clip"):
+    started, pixels = time.perf_counter(), 0
+    for clip in tqdm(todo, total=len(todo.mine), desc="latents", unit="clip", disable=not process.is_main):
         frames, crop = read_clip(clip)  # uint8 [T, H, W, 3]
         video = to_video(frames).to(device)  # [1, 3, T, H, W]
         condition = image_context = None
@@ -102,8 +119,8 @@ def main(options: Options) -> None:
             encoder=encoder,
             crop=crop,
         )
-    rate = sum(clip.num_frames * clip.height * clip.width for clip in todo) / 1e6 / (time.perf_counter() - started)
-    print(f"{len(todo)} clips encoded at {rate:.3g} megapixels a second")
+        pixels += clip.num_frames * clip.height * clip.width
+    print(f"encoded at {pixels / 1e6 / (time.perf_counter() - started):.3g} megapixels a second")
 
 
 def to_video(frames: Tensor) -> Tensor:

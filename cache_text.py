@@ -34,7 +34,8 @@ class Options:
     device: str | None = None
     """Default: cuda where there is one, else cpu."""
     skip_existing: bool = False
-    """Leave caches alone that are current: same caption, same encoder. What is not is written again, and the reason said."""
+    """Leave caches alone that are current: same caption, same encoder.
+    What is not is written again, and the reason is said."""
     verify: bool = False
     """As --skip_existing, and read every cache whole: a damaged one is written again."""
     prune: bool = False
@@ -88,7 +89,7 @@ def main(options: Options) -> None:
     skip = options.skip_existing or options.verify
     todo = find_todo(clips, problem, kind="text", skip_existing=skip, process=process)
     say(todo, what="captions", process=process)
-    if not todo.clips:
+    if not todo.mine and not todo.others:
         return
 
     text_encoder = load_text_encoder(
@@ -100,7 +101,7 @@ def main(options: Options) -> None:
         device=device,
         recipe=RECIPES["fp8"] if options.fp8_t5 else None,
     )
-    for clip in tqdm(todo.clips, desc="text", unit="caption", disable=not process.is_main):
+    for clip in tqdm(todo, total=len(todo.mine), desc="text", unit="caption", disable=not process.is_main):
         (context,) = text_encoder.encode([clip.caption])  # [S, D]
         cache.write_text(clip, context.cpu(), encoder=encoder)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 WHOLE_FILE_BYTES = 64 * 2**20  # below this size a fingerprint reads every byte
 NUM_SAMPLES, SAMPLE_BYTES = 64, 64 * 2**10
+TEMPORARY = ".tmp"
+"""In the names of files that are being written."""
 
 
 @contextmanager
@@ -25,11 +30,14 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name `path` when the block ends, and vanishes if it fails.
 
     The temporary name keeps the suffix, for writers that choose a format by it. The rename is atomic because both names
-    are in one folder; the data is flushed to the disk first, so that a crash leaves the old file or the new one.
+    are in one folder; the data is flushed to the disk first, so that a crash leaves the old file or the new one. The
+    temporary name says which process writes, so that `remove_abandoned` knows what a dead one left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{path.stem}.", suffix=f".{this_writer()}{TEMPORARY}{path.suffix}", dir=path.parent
+    )
     os.close(handle)
     temporary = Path(name)
     try:
@@ -42,6 +50,71 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """A process as it stands in the names of its temporary files: "machine-boot-pid-start"."""
+
+    machine: str
+    boot: str
+    """Of the machine: what an earlier one left is nobody's."""
+    pid: int
+    start: str
+    """Of the process: a number that is given again belongs to another one."""
+
+    def __str__(self) -> str:
+        return f"{self.machine}-{self.boot}-{self.pid}-{self.start}"
+
+    @classmethod
+    def parse(cls, text: str) -> Writer | None:
+        found = re.fullmatch(r"(\w+)-(\w+)-(\d+)-(\w+)", text)
+        return found and cls(machine=found[1], boot=found[2], pid=int(found[3]), start=found[4])
+
+    def is_dead(self) -> bool:
+        """Whether this process is known to be gone; of another machine nothing is known."""
+        here = this_writer()
+        if self.machine != here.machine:
+            return False
+        return self.boot != here.boot or self.start != _start_of(self.pid)
+
+
+def this_writer() -> Writer:
+    """This process."""
+    machine = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+    boot_id = Path("/proc/sys/kernel/random/boot_id")  # Linux; elsewhere a boot is not told from another
+    boot = boot_id.read_text().strip().replace("-", "")[:6] if boot_id.exists() else "0"
+    return Writer(machine=machine, boot=boot, pid=os.getpid(), start=_start_of(os.getpid()))
+
+
+def _start_of(pid: int) -> str:
+    """When a process started, in clock ticks since the boot; "0" where only its number can be asked for, "" if gone."""
+    stat = Path(f"/proc/{pid}/stat")
+    if Path("/proc/self/stat").exists():
+        try:
+            return stat.read_text().rpartition(")")[2].split()[19]
+        except OSError:
+            return ""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OSError):
+        return ""
+    return "0"
+
+
+def remove_abandoned(folder: Path) -> list[Path]:
+    """Remove the temporary files that killed processes left in a folder; those of living processes stay.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    for file in sorted(folder.glob(f".*{TEMPORARY}*")) if folder.is_dir() else []:
+        writer = Writer.parse(file.name.rpartition(TEMPORARY)[0].rpartition(".")[2])
+        if writer is not None and writer.is_dead():
+            file.unlink(missing_ok=True)
+            removed.append(file)
+    return removed
 
 
 @contextmanager

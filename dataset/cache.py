@@ -226,6 +226,15 @@ def is_current(
     )
 
 
+def damage(clip: Clip, kind: Kind) -> str | None:
+    """Why the content of a cache whose header is in order cannot be used: it is read whole, and must be finite."""
+    try:
+        _read(clip, kind, None)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def read_latents(
     clip: Clip,
     *,

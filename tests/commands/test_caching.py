@@ -1,12 +1,27 @@
 """Three caches per clip, left alone when current, written again when not."""
 
+import pytest
 import torch
 
 import cache_camera
 import cache_latents
 import cache_text
+from core.errors import InputError
 from core.files import read_safetensors, save_safetensors
 from tests.commands.conftest import TINY
+
+
+def content(files):
+    """What caches hold: metadata without the path of the source, and the bytes of the tensors."""
+    found = {}
+    for file in files:
+        tensors, metadata = read_safetensors(file)
+        metadata.pop("source", None)
+        found[file.name] = (
+            metadata,
+            {name: x.contiguous().view(torch.uint8).numpy().tobytes() for name, x in tensors.items()},
+        )
+    return found
 
 
 def times(files):
@@ -42,6 +57,58 @@ def test_skip_existing_writes_what_is_no_longer_current(world):
         ("0001", "camera.safetensors"),
         ("0002", "latents.safetensors"),
     }
+
+
+def test_what_is_written_again_is_said(world, capsys):
+    (world.folder / "videos/0000.txt").write_text("another caption")
+    world.cache(skip_existing=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("written again: ")]
+    assert len(lines) == 1 and "0000" in lines[0] and "another caption" in lines[0]
+
+
+def test_verify_reads_what_a_header_does_not_show(world, capsys):
+    """A NaN in the middle of a file: its header, size and provenance are in order."""
+    file = next(f for f in world.cache_files if f.name.startswith("0001") and "latents" in f.name)
+    whole, before = content([file]), times(world.cache_files)
+    file.write_bytes(file.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")
+    world.cache(skip_existing=True)
+    assert content([file]) != whole
+    world.cache(verify=True)
+    assert content([file]) == whole and "NaN" in capsys.readouterr().out
+    after = times(world.cache_files)
+    assert {name for name in after if after[name] != before[name]} == {file.name}
+
+
+def test_orphans_are_named_and_removed_on_request_only(world, capsys):
+    others = [world.cache_files[0].parent / name for name in ("x_wan.safetensors", "y_latents.safetensors", "z.txt")]
+    for other in others:
+        other.write_bytes(b"of another program")
+    (world.folder / "videos/0002.mp4").unlink()
+    (world.folder / "videos/0002.txt").unlink()
+    orphans = {f.name for f in world.cache_files if f.name.startswith("0002")}
+    world.cache(skip_existing=True)
+    assert all(name in {f.name for f in world.cache_files} for name in orphans) and len(orphans) == 3
+    assert "--prune" in capsys.readouterr().out
+    world.cache(skip_existing=True, prune=True)
+    assert not orphans & {f.name for f in world.cache_files} and all(other.exists() for other in others)
+    with pytest.raises(InputError, match="--prune --keep_cache"):
+        world.cache(prune=True, keep_cache=True)
+
+
+@pytest.mark.parametrize("skip_existing", [False, True])
+def test_processes_share_the_clips_and_finish_for_each_other(world, monkeypatch, skip_existing):
+    """Rank 1 of 2 runs first and alone: with --skip_existing it does the other's share too."""
+    whole = content(world.cache_files)
+    for file in world.cache_files:
+        file.unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    world.cache(skip_existing=skip_existing)
+    first = {file.name for file in world.cache_files}
+    assert first == set(whole) if skip_existing else 0 < len(first) < len(whole)
+    monkeypatch.setenv("RANK", "0")
+    world.cache(skip_existing=skip_existing)
+    assert content(world.cache_files) == whole
 
 
 def test_another_vae_makes_latents_stale(world, tmp_path):

@@ -1,17 +1,24 @@
 """Laws of files: whole or absent, and identified by their content."""
 
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
 from core.errors import InputError
 from core.files import (
+    Writer,
     atomic_folder,
     atomic_path,
     fingerprint,
     read_safetensors,
     read_safetensors_header,
     read_safetensors_metadata,
+    remove_abandoned,
     save_safetensors,
+    this_writer,
 )
 
 
@@ -33,6 +40,26 @@ def test_atomic_path_appears_only_when_complete(tmp_path):
         assert not target.exists()
         assert temporary.suffix == ".bin"
     assert target.read_bytes() == b"x"
+
+
+def test_what_a_dead_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
+    (tmp_path / "mine.safetensors").write_bytes(b"whole")
+    code = "import os, sys; from core.files import atomic_path\nwith atomic_path(sys.argv[1]): os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "left.safetensors")], check=False)
+    (left,) = tmp_path.glob(".left.*")
+    with atomic_path(tmp_path / "new.safetensors") as living:
+        assert remove_abandoned(tmp_path) == [left]
+        assert living.exists() and not left.exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.safetensors", "new.safetensors"]
+    assert remove_abandoned(tmp_path) == [] == remove_abandoned(tmp_path / "nowhere")
+
+
+def test_a_writer_is_dead_only_where_that_is_known():
+    here = this_writer()
+    assert Writer.parse(str(here)) == here and not here.is_dead()
+    assert replace(here, boot="other").is_dead() and replace(here, start="1").is_dead()
+    assert not replace(here, machine="other", boot="other").is_dead()
+    assert Writer.parse("x") is None and Writer.parse("") is None
 
 
 def test_atomic_folder_replaces_as_a_whole(tmp_path):
