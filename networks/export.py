@@ -28,6 +28,7 @@ from wan_ext.control_adapter import PREFIX as ADAPTER_PREFIX
 from wan_ext.control_adapter import ControlAdapter
 from wan_ext.dit import WanDiT
 from wan_ext.loading import DiTShape, names_of
+from wan_ext.quantized_files import refuse_quantized
 from wan_ext.tensor_files import SAFETENSORS_DTYPES
 
 PATCHES = "patch_embedding.weight"
@@ -95,6 +96,7 @@ def merge_adapter(
         InputError: another base, an adapter that does not fit it, or one that ComfyUI cannot hold.
     """
     checkpoint = open_checkpoint(base)
+    refuse_quantized(checkpoint, "to put the adapter into")
     found, expected = DiTShape.of_checkpoint(checkpoint), DiTShape.of_config(variant.dit)
     if found != expected:
         raise InputError(

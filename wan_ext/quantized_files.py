@@ -144,7 +144,7 @@ class QuantizedFile:
             if name.endswith("weight_scale"):  # scales that a checkpoint brought may be more or fewer, and float32
                 runs, width = stored.shape[-1], found[name.removesuffix("_scale")].shape[-1]
                 fits = stored.shape == (shape[0], runs) and runs > 0 and width % runs == 0
-                fits = fits and stored.dtype.is_floating_point and (shape[1] != 1 or runs == 1)
+                fits = fits and stored.dtype.is_floating_point and (self.recipe.scales != "row" or runs == 1)
             else:
                 fits = stored.shape == shape and (name not in quantized or stored.dtype == dtype)
             if not fits:
