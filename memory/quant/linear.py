@@ -44,7 +44,7 @@ class PreparedInput(NamedTuple):
 
 
 class _QuantLinear(torch.autograd.Function):
-    """The frozen layer as one node of the graph."""
+    """The frozen layer as one node of the graph, on a matrix [L, in]."""
 
     @staticmethod
     def forward(
@@ -58,10 +58,7 @@ class _QuantLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.recipe = recipe  # type: ignore[attr-defined]
         ctx.save_for_backward(values, scale, *(() if transposed is None else (transposed,)))
-        if recipe.compute == "dequant":
-            return _multiply(_prepare(x, recipe, values.shape[1]), values, scale, bias)
-        rows = x.reshape(-1, x.shape[-1])
-        return _multiply(_prepare(rows, recipe, values.shape[1]), values, scale, bias).view(*x.shape[:-1], -1)
+        return _multiply(_prepare(x, recipe, values.shape[1]), values, scale, bias)
 
     @staticmethod
     @once_differentiable
@@ -202,7 +199,11 @@ class QuantLinear(nn.Module):
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _QuantLinear.apply(x, self.weight, self.weight_scale, self.weight_transposed, bias, self.recipe)
+        # Flat out here: to a view that a custom function returns nothing can be added in place. What is not contiguous
+        # F.linear does not flatten either.
+        rows = x.reshape(-1, self.in_features) if x.is_contiguous() or self.recipe.compute == "w8a8" else x
+        y = _QuantLinear.apply(rows, self.weight, self.weight_scale, self.weight_transposed, bias, self.recipe)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the weight [out_features, in_features] that the layer stands for, not rotated.

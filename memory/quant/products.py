@@ -198,8 +198,10 @@ def _e4m3_product(
         out_dtype=torch.bfloat16,  # the one that every device has for scales of rows
         use_fast_accum=True,
     )
-    out = out[:num_rows, :num_columns]
-    return (out if bias is None else out + bias).to(dtype)
+    if out.shape != (num_rows, num_columns):
+        out = out[:num_rows, :num_columns].clone()  # no view: what a custom function returns may be added to in place
+    out = out.to(dtype)
+    return out if bias is None else out.add_(bias)
 
 
 def _padded(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -158,6 +158,22 @@ def test_backward_keeps_eight_bit_weights_and_nothing_else(recipe: QuantRecipe, 
     y.sum().backward()
 
 
+@every_recipe
+@pytest.mark.parametrize(
+    ("shape", "out", "width"), [((20,), 96, 512), ((2, 5), 96, 512), ((20,), 20, 100), ((3,), 96, 512)]
+)
+def test_the_output_may_be_added_to_in_place(recipe: QuantRecipe, shape: tuple[int, ...], out: int, width: int) -> None:
+    """As an adapter does."""
+    layer = quant_linear(recipe, out, width)
+    x, delta = gaussian(*shape, width).requires_grad_(), gaussian(*shape, out, seed=4).requires_grad_()
+    apart = layer(x) + delta
+    together = layer(x)
+    together.add_(delta)
+    assert torch.equal(together, apart)
+    grads = [torch.autograd.grad(y.square().sum(), (x, delta)) for y in (apart, together)]
+    assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
+
+
 def test_a_bias_that_trains_has_the_sum_of_the_gradient() -> None:
     layer = quant_linear(RECIPES["int8_w8a8"])
     layer.bias.requires_grad_()
