@@ -56,7 +56,8 @@ class BlockRunner(Protocol):
 
 
 class BlockMaths(Protocol):
-    """How one block computes. Both methods are called without autograd and change none of what they are given."""
+    """How one block computes. Both methods are called without autograd and change none of what they are given, with one
+    exception: the gradient of the output is backward's own to write into."""
 
     def forward(self, block: nn.Module, inputs: tuple[Any, ...], *, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run a block.
@@ -86,7 +87,7 @@ class BlockMaths(Protocol):
             block: the one that ran forward.
             inputs: those of forward.
             kept: what forward returned.
-            grad: of the output; any strides.
+            grad: of the output; any strides. Nobody reads it afterwards.
             needed: for each of `inputs`, whether its gradient is wanted.
 
         Returns:
@@ -218,7 +219,7 @@ def run_nodes(
     except BaseException:
         step.forget()
         raise
-    return x
+    return _OwnGradient.apply(x)
 
 
 def trainable_parameters(block: nn.Module) -> list[nn.Parameter]:
@@ -244,8 +245,8 @@ class _Step:
 
     def put(self, number: int, tensors: tuple[Tensor, ...]) -> None:
         assert self.store is not None
-        self.held.add(number)
         self.store.put(number, tensors)
+        self.held.add(number)
 
     def fetch(self, number: int) -> None:
         if self.store is not None and number in self.held:
@@ -373,6 +374,19 @@ class _Node(torch.autograd.Function):
             raise
         found = (*call.of_tensors(of_inputs), *of_parameters)
         return None, *(gradient if need else None for gradient, need in zip(found, needs, strict=True))
+
+
+class _OwnGradient(torch.autograd.Function):
+    """The end of the last block: what arrives there may be read by others, so the blocks get a copy of it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return grad.clone(memory_format=torch.contiguous_format)
 
 
 def _tensors_in(argument: Any) -> Iterator[Tensor]:
