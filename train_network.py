@@ -1,7 +1,7 @@
 """Step 4: fit a LoRA, and a camera encoder beside it, to the cached clips by flow matching.
 
     accelerate launch train_network.py --dataset_config x.toml --network_module networks.lora_camera \\
-        --network_args injection=plucker_light --network_dim 32 --network_alpha 32 --learning_rate 1e-4 \\
+        --network_dim 32 --network_alpha 32 --learning_rate 1e-4 \\
         --max_train_epochs 16 --fp8_scaled --gradient_checkpointing --blocks_to_swap 38 \\
         --output_dir out --output_name my_camera
     python train_network.py ...      the same in one process

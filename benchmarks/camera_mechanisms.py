@@ -52,7 +52,7 @@ class Options:
     """What to train and test on."""
     mechanisms: tuple[str, ...] = MECHANISMS
     """For the world `scene`; `place` and `orbits` take the winner of that table, or these where it is not asked for."""
-    first_mechanisms: tuple[str, ...] = ("ray_attention",)
+    first_mechanisms: tuple[str, ...] = ("ray_attention", "plucker_light")
     """For the world `first`, in which relative poses are all there is to know."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each mechanism with each seed; outside of `scene` with the first one."""
@@ -60,10 +60,12 @@ class Options:
     """Training steps, of both experts together, in batches of 4."""
     place_steps: int = 4000
     """The same in the world `place`."""
-    first_steps: int = 2000
+    first_steps: int = 6000
     """The same in the world `first`."""
     rank: int = 16
     """Of the LoRA."""
+    first_rank: int = 32
+    """The same in the world `first`, whose many rooms are more to learn than one or two."""
     learning_rate: float = 2e-3
     """Of the LoRA."""
     camera_learning_rate: float = 4e-3
@@ -157,7 +159,7 @@ def training_of(options: Options, world: str) -> Training:
     """What all runs in a world have in common."""
     return Training(
         steps={"place": options.place_steps, "first": options.first_steps}.get(world, options.steps),
-        rank=options.rank,
+        rank=options.first_rank if world == "first" else options.rank,
         learning_rate=options.learning_rate,
         camera_learning_rate=options.camera_learning_rate,
         shift=options.shift,

@@ -84,7 +84,7 @@ def create_network(
             f"--network_module {MODULE}: expected a data set with cameras, found none; name its camera_directory in "
             f"the dataset config, or train networks.lora"
         )
-    injection = read_choice(network_args, "injection", tuple(INJECTIONS), default_injection(variant))
+    injection = read_choice(network_args, "injection", tuple(INJECTIONS), default_injection(variant, pose_frame))
     settings = NetworkSettings(
         module=MODULE,
         task=variant.name,

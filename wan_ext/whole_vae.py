@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
+from diffusers.models import AutoencoderKLWan
 from torch import Tensor, nn
 
 

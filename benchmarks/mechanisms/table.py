@@ -84,7 +84,7 @@ def write_table(
         "",
         f"Printed by `python benchmarks/camera_mechanisms.py --work bake_off --seeds {' '.join(map(str, seeds))}`;",
         "the first lines of that file say what each figure is.",
-        f"Both experts of the embedded tiny model, LoRA rank {training.rank}, 4 clips of 17 frames of 64x96 a step,",
+        "Both experts of the embedded tiny model, 4 clips of 17 frames of 64x96 a step,",
         f"learning rate {training.learning_rate:g}, camera {training.camera_learning_rate:g} (`plucker`: a tenth).",
         f"Chance for top-1 is {1 / CANDIDATES:.1%}. `base` is the model without any training,",
         "`none` a LoRA without a camera, trained like the others.",
@@ -105,7 +105,11 @@ def write_table(
                 f"| {label} | {row.top1:.1%} | {by_seed} | {row.rotation_degrees:.2f} | {row.position_metres:.3f} | "
                 f"{row.psnr:.2f} | {row.parameters:,} | {step} |"
             )
-        lines += ["", f"{trainings[name].steps} steps of both experts together; {world.videos} videos for each seed."]
+        lines += [
+            "",
+            f"{trainings[name].steps} steps of both experts together, LoRA rank {trainings[name].rank}; {world.videos} "
+            "videos for each seed.",
+        ]
     lines += [
         "",
         "`step`: time of a training step over that of `none`, in turns within one process, median.",
@@ -125,7 +129,8 @@ HEADINGS = {
 EXPLANATIONS = {
     "place": "Pose frame `scene`, one room, 80 clips: what a LoRA of a captured place is.",
     "scene": "Pose frame `scene`: the camera file says where to stand in a captured place. Two rooms, 80 clips each.",
-    "first": "Pose frame `first`: the camera file says how to move. The tiny I2V model, trained on 160 rooms with two "
-    "clips each, films 40 other rooms; the eight candidates start from the same first view.",
+    "first": "Pose frame `first`: the camera file says how to move. The tiny I2V model, trained on "
+    f"{WORLDS['first'].scenes} rooms with two clips each, films 40 other rooms; the eight candidates start from one "
+    "view.",
     "orbits": "As the first table, but trained on clips without orbits; all 40 asked paths are orbits.",
 }

@@ -67,12 +67,13 @@ INJECTIONS: dict[str, Mechanism] = {
     ),
 }
 """Mechanisms by the name that `--network_args injection=` gives them."""
-DEFAULT_INJECTION = "plucker_light"
+DEFAULT_INJECTIONS = {"scene": "plucker_light", "first": "ray_attention"}
+"""The mechanism whose videos follow best, by pose frame (docs/mechanisms_measured.md)."""
 
 
-def default_injection(variant: WanVariant) -> str:
-    """What stands for a missing `injection=`: a Wan-Fun model's own adapter, or the default."""
-    return "plucker" if variant.hears_camera else DEFAULT_INJECTION
+def default_injection(variant: WanVariant, pose_frame: str) -> str:
+    """What stands for a missing `injection=`: a Wan-Fun model's own adapter, or the default of the pose frame."""
+    return "plucker" if variant.hears_camera else DEFAULT_INJECTIONS[pose_frame]
 
 
 def build_camera(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import wan_ext.vae
 from core.errors import InputError
 from core.files import read_safetensors
 from wan_ext.configs import VAE_2_1, VAE_2_2, VAEConfig
@@ -43,7 +44,10 @@ def case(request, tmp_path):
     return tensors, weights, config, path
 
 
-def test_agrees_with_the_official_vae(case):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_agrees_with_the_official_vae(case, at_once, monkeypatch):
+    """Small clips are run at once, large ones in chunks."""
+    monkeypatch.setattr(wan_ext.vae, "WHOLE_CLIP_BYTES", 2**30 if at_once else 0)
     tensors, _, config, path = case
     vae = load_vae(path, config)
     latents = vae.encode(tensors["video"])

@@ -1,19 +1,22 @@
 """Choices of a mechanism: read from network arguments, written and read back, refused where nothing uses them."""
 
+import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from core.errors import InputError
-from networks.mechanisms.registry import INJECTIONS
+from networks.mechanisms.registry import INJECTIONS, default_injection
 from networks.mechanisms.settings import (
     OPTIONS,
     CameraSettings,
     camera_settings_from_metadata,
     read_camera_settings,
 )
-from wan_ext.configs import get_variant
+from wan_ext.configs import VARIANTS, get_variant
 
+ROOT = Path(__file__).parents[3]
 VALUES = {
     "camera_hidden": "64",
     "camera_rank": "64",
@@ -109,3 +112,13 @@ def test_a_mechanism_of_another_version_is_named() -> None:
     with pytest.raises(InputError, match="found flim .did you mean 'film'"):
         camera_settings_from_metadata(metadata, injections=INJECTIONS)
     assert camera_settings_from_metadata({"pose_frame": "scene"}, injections=INJECTIONS) is None
+
+
+@pytest.mark.parametrize(("pose_frame", "world"), [("scene", "scene"), ("first", "first")])
+def test_the_default_is_the_mechanism_whose_videos_followed_best(pose_frame: str, world: str) -> None:
+    """The figures that the documentation shows decide, not taste."""
+    figures = json.loads((ROOT / "benchmarks" / "results" / "camera_mechanisms.json").read_text())
+    rows = [row for row in figures["worlds"][world] if row["mechanism"] in INJECTIONS]
+    best = max(rows, key=lambda row: (row["top1"], -row["rotation_degrees"]))
+    assert default_injection(VARIANTS["t2v-A14B"], pose_frame) == best["mechanism"]
+    assert default_injection(VARIANTS["fun-camera-A14B"], pose_frame) == "plucker"
