@@ -339,7 +339,7 @@ class _Node(torch.autograd.Function):
         if step.store is None:
             ctx.save_for_backward(*tensors, *kept)
         else:
-            step.put(call.number, (tensors[0], *kept))
+            step.put(call.number, (tensors[0].detach(), *kept))  # or the store would hold the graph, and that the store
             ctx.save_for_backward(*tensors[1:])
         return output
 
