@@ -44,3 +44,23 @@ def test_the_block_on_a_cpu_imports_no_triton() -> None:
         "sys.exit('triton' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=120).returncode == 0
+
+
+@needs_triton
+@pytest.mark.slow  # half a minute of compiling for each
+@pytest.mark.parametrize("capability", ["80", "89", "90"])
+def test_kernels_compile_for_cards_that_are_not_here(capability: str, tmp_path: Path) -> None:
+    """Ampere, Ada, Hopper; a program's shared memory is what one of them has (227 KB, and 99 KB but for products)."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "tests/wan_ext/build_kernels.py", capability]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-8000:]
+    built = [line.split() for line in done.stdout.splitlines()]
+    sources = [*ROOT.glob("memory/kernels/*.py"), *ROOT.glob("wan_ext/kernels/*.py")]
+    modules = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in sources if "@triton.jit" in file.read_text()
+    }
+    assert {name.rsplit(".", 1)[0] for name, _, _ in built} == modules
+    for name, _, shared in built:
+        assert int(shared) <= (227 if "int8" in name else 99) * 1024

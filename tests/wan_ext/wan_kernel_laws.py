@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_ext import fused_ops, kernels
-from wan_ext.dit import add_gated
+from wan_ext import fused_forward, fused_ops, kernels
+from wan_ext.configs import DiTConfig
+from wan_ext.dit import WanBlock, add_gated, storage_dtype
+from wan_ext.fused_block import FusedBlockMaths
+from wan_ext.fused_schedule import BlockSchedule
 from wan_ext.norms import LayerNorm, ModulatedNorm, RMSNorm
 from wan_ext.rope import rope_table, rotate
 
@@ -246,6 +249,70 @@ def test_tokens_and_channels_may_be_slices() -> None:
     assert_alike(in_place, kernels.gelu_backward(grad, x))
 
 
+def test_numbers_of_a_row_may_lie_apart_too() -> None:
+    """As in a gradient that autograd expanded, or a transposed one."""
+    turned, ones, gain = (
+        normal(BATCH, DIM, TOKENS).mT,
+        normal(1, 1, 1).expand(BATCH, TOKENS, DIM),
+        modulation("clip")[0],
+    )
+    weight, table = normal(DIM), rope()
+    _, mean, rstd = kernels.norm_modulate_forward(turned, gain, gain, EPS, torch.float32)
+    for x, grad in ((turned, ones), (ones, turned)):
+        together, dense = x.contiguous(), grad.contiguous()
+        assert_all_alike(
+            kernels.norm_modulate_forward(x, gain, gain, EPS, torch.float32),
+            kernels.norm_modulate_forward(together, gain, gain, EPS, torch.float32),
+        )
+        assert_alike(
+            kernels.norm_modulate_backward(grad, x, mean, rstd, gain),
+            kernels.norm_modulate_backward(dense, together, mean, rstd, gain),
+        )
+        assert_all_alike(
+            kernels.rms_rope_forward(x, weight, table, HEADS, EPS),
+            kernels.rms_rope_forward(together, weight, table, HEADS, EPS),
+        )
+        assert_alike(
+            kernels.rms_rope_backward(grad.unflatten(-1, (HEADS, -1)), x, rstd, weight, table),
+            kernels.rms_rope_backward(dense.unflatten(-1, (HEADS, -1)), together, rstd, weight, table),
+        )
+        forward = kernels.gate_residual_forward(together, dense, gain)
+        assert_alike(kernels.gate_residual_forward(x, grad, gain), forward)
+        backward = kernels.gate_residual_backward(dense, gain, torch.float32)
+        assert_alike(kernels.gate_residual_backward(grad, gain, torch.float32), backward)
+        assert_alike(kernels.gelu_forward(x), kernels.gelu_forward(together))
+        assert_alike(kernels.gelu_backward(grad, x), kernels.gelu_backward(dense, together))
+
+
+# ---- the block by hand, on these kernels -----------------------------------------------------------------------------
+
+
+def test_the_block_by_hand_is_the_same_on_kernels_and_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and gradients of its inputs, with groups of heads and chunks of tokens: operands as a block has them."""
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16  # fused attention on CUDA takes no float32
+    config = DiTConfig(dim=48, ffn_dim=80, num_heads=3, num_layers=1, in_dim=16, out_dim=16, text_dim=48)
+    block = WanBlock(config).to(DEVICE).requires_grad_(False)
+    for name, parameter in block.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+        parameter.data = parameter.data.to(storage_dtype(name, dtype))
+    table = rope_table(FRAMES, HEIGHT, WIDTH, head_dim=16, device=torch.device(DEVICE))
+    x, modulation, context = normal(BATCH, TOKENS, 48), normal(BATCH, FRAMES, 6, 48), normal(BATCH, 7, 48, dtype=dtype)
+    inputs, grad = (x, modulation, context, table), normal(BATCH, TOKENS, 48)
+    maths = FusedBlockMaths(BlockSchedule(head_groups=2, token_chunk=2))
+
+    def results(ops: object) -> list[Tensor]:
+        monkeypatch.setattr(fused_forward, "ops_for", lambda device: ops)
+        out, kept = maths.forward(block, inputs, keep=True)
+        of_inputs, _ = maths.backward(block, inputs, kept, grad.clone(), needed=(True, True, True, False))
+        return [out, *(one for one in of_inputs if one is not None)]
+
+    found, expected = results(kernels), results(fused_ops)
+    assert len(found) == 4
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float() - other.float()).norm() < tolerance * other.float().norm()
+
+
 def test_some_heads_alone_are_those_of_the_whole() -> None:
     x, weight, table = normal(BATCH, TOKENS, DIM, dtype=torch.bfloat16), normal(DIM), rope()
     whole, rrms = kernels.rms_rope_forward(x, weight, table, HEADS, EPS)
@@ -287,7 +354,6 @@ def test_operands_that_a_kernel_would_misread_are_refused() -> None:
     heads = x.unflatten(-1, (HEADS, -1))
     for wrong in (
         lambda: kernels.norm_modulate_forward(x.double(), gain, gain, EPS, torch.float32),
-        lambda: kernels.norm_modulate_forward(gappy, gain, gain, EPS, torch.float32),
         lambda: kernels.norm_modulate_forward(x, normal(BATCH, 4, DIM), gain, EPS, torch.float32),
         lambda: kernels.norm_modulate_forward(x, normal(BATCH, 3, DIM), gain, EPS, torch.float32),
         lambda: kernels.norm_modulate_forward(x, gain[..., :-1], gain, EPS, torch.float32),
@@ -305,7 +371,10 @@ def test_operands_that_a_kernel_would_misread_are_refused() -> None:
         lambda: kernels.gate_residual_forward(x, x[:, 1:], gain),
         lambda: kernels.gate_residual_forward(x, x, gain, out=x[:1]),
         lambda: kernels.gate_residual_backward(x, gain.double(), torch.float32),
-        lambda: kernels.gelu_forward(gappy),
+        lambda: kernels.gate_residual_forward(x, x, gain, out=gappy),
+        lambda: kernels.gelu_backward(x, x, out=gappy),
+        lambda: kernels.norm_modulate_backward(x, x, mean, rstd, gain, into=gappy),
+        lambda: kernels.gelu_forward(x.double()),
         lambda: kernels.gelu_backward(x, x[1:]),
     ):
         with pytest.raises(ValueError, match="expected"):

@@ -6,8 +6,8 @@ reference's own.
 
 How: `wan_ext.fused_ops.ops_for(device)` imports this package where it applies: it imports Triton, so nothing that a CPU
 user runs may import it by itself. One program a row of the residual stream, all of the row in registers; rows may lie
-apart (a slice of tokens, a slice of channels), numbers of a row may not. Offsets are 64 bits wide: 75,600 x 13,824
-numbers are more than 2^30, in bfloat16 2^31 bytes.
+apart (a slice of tokens, a slice of channels). Offsets are 64 bits wide: 75,600 tokens of 13,824 numbers are 2 GB in
+bfloat16, and a batch of them is more than 2^31 numbers.
 
 Cost: the bytes of operands and result, in one pass. At 32,760 tokens of width 5,120: norm + modulation 1.0 GB, query or
 key norm + rotation 0.67 GB, gate + residual 1.7 GB; unfused they are 3 to 5 times that. Each kernel compiles on its

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memory.kernels import launching_on
-from wan_ext.kernels.rows import frame_strides, token_strides
+from wan_ext.kernels.rows import frame_strides, readable, token_strides
 
 BLOCK = 1024
 
@@ -84,6 +84,7 @@ def gate_residual_forward(x: Tensor, branch: Tensor, gate: Tensor, *, out: Tenso
     """
     batch, tokens, width = shape = x.shape
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
+    x, branch, gate = readable(x), readable(branch), readable(gate)
     x_clip, x_token = token_strides("x", x, shape)
     branch_clip, branch_token = token_strides("branch", branch, shape)
     out_clip, out_token = token_strides("out", out, shape)
@@ -121,6 +122,7 @@ def gate_residual_backward(grad: Tensor, gate: Tensor, dtype: torch.dtype) -> Te
     """
     batch, tokens, width = shape = grad.shape
     out = torch.empty(shape, dtype=dtype, device=grad.device)
+    grad, gate = readable(grad), readable(gate)
     grad_clip, grad_token = token_strides("grad", grad, shape)
     gate_clip, gate_frame, frame_tokens = frame_strides("gate", gate, shape)
     if grad.numel() == 0:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memory.kernels import launching_on
-from wan_ext.kernels.rows import token_strides
+from wan_ext.kernels.rows import readable, token_strides
 
 BLOCK = 2048
 TWICE_ROOT = tl.constexpr(2 * (2 / 3.141592653589793) ** 0.5)
@@ -68,7 +68,7 @@ def gelu_forward(h: Tensor) -> Tensor:
     Raises:
         ValueError: operands that the kernel cannot read.
     """
-    rows = _as_tokens(h)
+    rows = _as_tokens(readable(h))
     batch, tokens, width = rows.shape
     h_clip, h_token = token_strides("h", rows, rows.shape)
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
@@ -88,7 +88,7 @@ def gelu_backward(grad: Tensor, h: Tensor, *, out: Tensor | None = None) -> Tens
         ValueError: operands that the kernel cannot read.
     """
     out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if out is None else out
-    rows = [_as_tokens(tensor) for tensor in (grad, h, out)]
+    rows = [_as_tokens(tensor) for tensor in (readable(grad), readable(h), out)]
     batch, tokens, width = shape = rows[1].shape
     strides = [token_strides(name, tensor, shape) for name, tensor in zip(("grad", "h", "out"), rows, strict=True)]
     if h.numel() == 0:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memory.kernels import launching_on
-from wan_ext.kernels.rows import check_width, frame_strides, row_numbers, token_strides, warps
+from wan_ext.kernels.rows import check_width, frame_strides, readable, row_numbers, token_strides, warps
 
 
 @triton.jit(do_not_specialize=["tokens", "frame_tokens"])
@@ -106,6 +106,7 @@ def norm_modulate_forward(
     Raises:
         ValueError: operands that the kernel cannot read.
     """
+    x, gain, shift = readable(x), readable(gain), readable(shift)
     batch, tokens, width = x.shape
     check_width(width)
     x_clip, x_token = token_strides("x", x, (batch, tokens, width))
@@ -150,6 +151,7 @@ def norm_modulate_backward(
     Raises:
         ValueError: operands that the kernel cannot read.
     """
+    grad, x, gain = readable(grad), readable(x), readable(gain)
     batch, tokens, width = x.shape
     check_width(width)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memory.kernels import launching_on
-from wan_ext.kernels.rows import DTYPES, check_width, row_numbers, token_strides, warps
+from wan_ext.kernels.rows import DTYPES, check_width, readable, row_numbers, token_strides, warps
 
 
 @triton.jit
@@ -114,6 +114,7 @@ def rms_rope_forward(
     Raises:
         ValueError: operands that the kernel cannot read.
     """
+    x = readable(x)
     batch, tokens, width = x.shape
     head_dim = _head_dim(width, heads)
     x_clip, x_token = token_strides("x", x, (batch, tokens, width))
@@ -155,6 +156,7 @@ def rms_rope_backward(grad: Tensor, x: Tensor, rrms: Tensor, weight: Tensor, rop
     Raises:
         ValueError: operands that the kernel cannot read.
     """
+    grad, x = readable(grad), readable(x)
     batch, tokens, width = x.shape
     heads = grad.shape[2]
     head_dim = _head_dim(width, heads)

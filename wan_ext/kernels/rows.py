@@ -3,11 +3,12 @@
 What: `token_strides` for tensors [B, L, ...], `frame_strides` for gains, shifts and gates [1|B, 1|F, D], `row_numbers`
 for means and the like [B, L, 1].
 
-How: a kernel gets a row's number and these strides; a size of 1 that is broadcast has stride 0. What a kernel cannot
-read right (a gap between neighbouring numbers, float64, sizes that do not fit) is a ValueError here, because a kernel
-would read something else without a word.
+How: a kernel gets a row's number and these strides; a size of 1 that is broadcast has stride 0. Operands with gaps
+between the numbers of a row are copied first (`readable`; gradients that autograd expanded have them); a result has to
+have none. What a kernel cannot read right (float64, sizes that do not fit) is a ValueError here, because a kernel would
+read something else without a word.
 
-Cost: microseconds on the host.
+Cost: microseconds on the host, and the copy where one is made.
 
 Exact: nothing is computed here.
 """
@@ -36,6 +37,11 @@ def token_strides(name: str, x: Tensor, shape: tuple[int, ...]) -> tuple[int, in
             f"found {x.dtype} {list(x.shape)} of strides {list(x.stride())}"
         )
     return x.stride(0), x.stride(1)
+
+
+def readable(x: Tensor) -> Tensor:
+    """The tensor, or a copy where the neighbouring numbers of its rows lie apart."""
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def frame_strides(name: str, gain: Tensor, shape: tuple[int, ...]) -> tuple[int, int, int]:
