@@ -12,7 +12,9 @@ For image-to-video tasks the first frame's condition (and CLIP features, Wan2.1)
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +38,10 @@ class Options:
     """Precision of the encoder. float32 is what the official code uses."""
     device: str | None = None
     """Default: cuda where there is one, else cpu."""
+    batch_size: int = 1
+    """Clips of one size that are encoded together; more pays on a GPU for small clips."""
+    num_workers: int = 2
+    """Threads that decode videos ahead of the encoder. Memory holds two clips and one for each of them."""
     skip_existing: bool = False
     """Leave caches alone that are current: same clip, same crop, same encoder.
     What is not is written again, and the reason is said."""
@@ -55,14 +61,17 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
+from core.errors import InputError
 from core.files import fingerprint
 from core.model_files import resolve_model
 from core.processes import this_process
 from dataset import cache
-from dataset.caching import find_todo, prune_wanted, say, tidy
+from dataset.buckets import Crop
+from dataset.caching import Todo, find_todo, prune_wanted, say, tidy
 from dataset.clips import Clip, list_clips
 from dataset.config import read_dataset_config
-from dataset.video import read_clip
+from dataset.prefetch import run_ahead
+from dataset.video import read_clip, read_clips
 from wan_ext.condition import encode_first_frame
 from wan_ext.configs import get_variant
 from wan_ext.image_encoder import load_image_encoder
@@ -70,6 +79,9 @@ from wan_ext.vae import load_vae
 
 
 def main(options: Options) -> None:
+    for name in ("batch_size", "num_workers"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name}: expected at least 1, found {getattr(options, name)}")
     config = read_dataset_config(options.dataset_config)
     flags = {"task": options.task, "ckpt_dir": options.ckpt_dir, "vae": options.vae, "clip": options.clip}
     files = resolve_model(flags, table=config.model, table_source=options.dataset_config, needs=("vae",))
@@ -102,30 +114,50 @@ def main(options: Options) -> None:
         clip_encoder = load_image_encoder(files.clip, variant.image_encoder, device=device)
 
     started, pixels = time.perf_counter(), 0
-    for clip in tqdm(todo, total=len(todo.mine), desc="latents", unit="clip", disable=not process.is_main):
-        frames, crop = read_clip(clip)  # uint8 [T, H, W, 3]
-        video = to_video(frames).to(device)  # [1, 3, T, H, W]
-        condition = image_context = None
-        if variant.dit.condition_channels:
-            condition = encode_first_frame(vae.encode, video[0, :, 0], video.shape[2], variant).cpu()  # [Cc, F, h, w]
-        if clip_encoder is not None:
-            image_context = clip_encoder.encode(video[:, :, 0])[0].cpu()  # [257, 1280]
-        latents = vae.encode(video)[0].cpu()  # [C, F, h, w]
-        cache.write_latents(
-            clip,
-            latents,
-            condition=condition,
-            image_context=image_context,
-            encoder=encoder,
-            crop=crop,
-        )
-        pixels += clip.num_frames * clip.height * clip.width
+    progress = tqdm(total=len(todo.mine), desc="latents", unit="clip", disable=not process.is_main)
+    for batch in batches_of(todo, options.batch_size, threads=options.num_workers):
+        video = to_video(torch.stack([frames for _, frames in batch])).to(device)  # [B, 3, T, H, W]
+        latents = vae.encode(video).cpu()  # [B, C, F, h, w]
+        for place, (clip, _) in enumerate(batch):
+            condition = image_context = None
+            if variant.dit.condition_channels:
+                first = video[place, :, 0]  # [3, H, W]
+                condition = encode_first_frame(vae.encode, first, video.shape[2], variant).cpu()  # [Cc, F, h, w]
+            if clip_encoder is not None:
+                image_context = clip_encoder.encode(video[place : place + 1, :, 0])[0].cpu()  # [257, 1280]
+            cache.write_latents(
+                clip,
+                latents[place],
+                condition=condition,
+                image_context=image_context,
+                encoder=encoder,
+                crop=clip.crop,
+            )
+            pixels += clip.num_frames * clip.height * clip.width
+            progress.update()
+    progress.close()
     print(f"encoded at {pixels / 1e6 / (time.perf_counter() - started):.3g} megapixels a second")
 
 
+def batches_of(todo: Todo, batch_size: int, *, threads: int) -> Iterator[list[tuple[Clip, Tensor]]]:
+    """Clips of one size with their frames, decoded ahead of the encoder, several clips of one video in one pass."""
+    sources: dict[tuple[Path, Crop], list[Clip]] = {}
+    for clip in todo.mine:
+        sources.setdefault((clip.source, clip.crop), []).append(clip)
+    waiting: dict[tuple[int, ...], list[tuple[Clip, Tensor]]] = {}
+    for clip, frames in run_ahead([partial(read_clips, clips) for clips in sources.values()], threads=threads, depth=2):
+        batch = waiting.setdefault(frames.shape, [])
+        batch.append((clip, frames))
+        if len(batch) == batch_size:
+            yield waiting.pop(frames.shape)
+    yield from waiting.values()
+    for clip in todo.left():
+        yield [(clip, read_clip(clip)[0])]
+
+
 def to_video(frames: Tensor) -> Tensor:
-    """uint8 [T, H, W, 3] -> float32 in [-1, 1] [1, 3, T, H, W]."""
-    return rearrange(frames.float() / 127.5 - 1, "t h w c -> 1 c t h w")
+    """uint8 [B, T, H, W, 3] -> float32 in [-1, 1] [B, 3, T, H, W]."""
+    return rearrange(frames.float() / 127.5 - 1, "b t h w c -> b c t h w")
 
 
 if __name__ == "__main__":

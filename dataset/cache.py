@@ -66,6 +66,7 @@ LABELS = {  # what a differing entry of the metadata means to a person
     "scale_rule": "another scale rule",
     "camera_fps": "another rate of the camera file",
     "fps": "another frame rate",
+    "times": "other times of the frames",
 }
 
 
@@ -334,6 +335,8 @@ def _camera_provenance(clip: Clip, check_source: bool = True) -> dict[str, str]:
         "estimate_camera": str(settings.estimate),
         "fps": json.dumps(clip.fps),
     }
+    if clip.times is not None:
+        expected["times"] = json.dumps(clip.times)
     if check_source:
         expected["camera_fingerprint"] = (
             source_fingerprint(clip) if settings.estimate else _camera_fingerprint(clip.camera.path)

@@ -36,11 +36,15 @@ class Todo:
     total: int
 
     def __iter__(self) -> Iterator[Clip]:
-        """The clips to write: this process's share, then what the others have not come to.
-
-        The others' shares are taken from their ends, so that at most one clip a process is encoded twice.
-        """
+        """The clips to write: this process's share, then what the others have not come to."""
         yield from self.mine
+        yield from self.left()
+
+    def left(self) -> Iterator[Clip]:
+        """What the other processes have not come to when this one asks for it.
+
+        Their shares are taken from the ends, so that at most one clip a process is encoded twice.
+        """
         for clip in reversed(self.others):
             if self.problem(clip) is not None:
                 yield clip

@@ -83,12 +83,13 @@ def _at_frames(path: CameraPath, clip: Clip) -> CameraPath:
             )
         return path.frames(clip.frame_indices, fps=clip.fps)
     assert clip.source_fps is not None  # the TOML refuses camera_fps for frames without source_fps
-    times = torch.tensor(clip.frame_indices, dtype=torch.float64) * (camera_fps / clip.source_fps)
+    shown = clip.times or [index / clip.source_fps for index in clip.frame_indices]
+    times = torch.tensor(shown, dtype=torch.float64) * camera_fps
     end = (len(path) - 1) / camera_fps
     if float(times[-1]) > len(path) - 1 + 1e-6:
         raise InputError(
             f"expected poses up to frame {clip.frame_indices[-1]} of {clip.source}, at "
-            f"{clip.frame_indices[-1] / clip.source_fps:.3f} s, found {len(path)} that end at {end:.3f} s with "
+            f"{shown[-1]:.3f} s, found {len(path)} that end at {end:.3f} s with "
             f"camera_fps {camera_fps:g}"
         )
     return path.resampled(times, fps=clip.fps)

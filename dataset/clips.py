@@ -24,7 +24,7 @@ from dataset.config import (
     MovingDataset,
     VideoDataset,
 )
-from dataset.extraction import fit_length, resample, same_rate, windows
+from dataset.extraction import fit_length, resample, resample_times, same_rate, windows
 from dataset.sources import Source, list_sources
 from dataset.video import VideoInfo, probe
 
@@ -59,6 +59,7 @@ class Clip:
     source_fps: float | None  # of the source, before sampling; None where it has no clock
     frame_indices: tuple[int, ...]  # source frames, strictly increasing
     fps: float | None  # of the clip, after sampling; None where the source has no clock
+    times: tuple[float, ...] | None  # seconds of the frames in a source whose frames come at an uneven rate
     crop: Crop
     caption: str
     camera: CameraFile | None
@@ -206,6 +207,7 @@ def _image(where: str, number: int, dataset: ImageDataset, source: Source, spati
         frame_indices=(0,),
         source_fps=None,
         fps=None,
+        times=None,
         camera=None,
     )
 
@@ -220,6 +222,7 @@ def _clip(
     frame_indices: tuple[int, ...],
     source_fps: float | None,
     fps: float | None,
+    times: tuple[float, ...] | None,
     camera: CameraFile | None,
 ) -> Clip:
     """A clip with what it has from its source and its data set."""
@@ -231,6 +234,7 @@ def _clip(
         source_fps=source_fps,
         frame_indices=frame_indices,
         fps=fps,
+        times=times,
         crop=crop,
         caption=source.caption,
         camera=camera,
@@ -272,20 +276,25 @@ def _clips_of(
     crop = _crop(where, dataset, source.path, info, spatial_stride)
     file = source.path if dataset.camera.estimate else source.camera
     camera = None if file is None else CameraFile(path=file, settings=dataset.camera)
-    return [
-        _clip(
-            number,
-            dataset,
-            source,
-            info,
-            crop=crop,
-            frame_indices=tuple(frames[position] for position in window),
-            source_fps=dataset.source_fps or info.fps,
-            fps=fps,
-            camera=camera,
+    clips = []
+    for window in found:
+        indices = tuple(frames[position] for position in window)
+        uneven = info.times if dataset.source_fps is None else None
+        clips.append(
+            _clip(
+                number,
+                dataset,
+                source,
+                info,
+                crop=crop,
+                frame_indices=indices,
+                source_fps=dataset.source_fps or info.fps,
+                fps=fps,
+                times=uneven and tuple(uneven[index] for index in indices),
+                camera=camera,
+            )
         )
-        for window in found
-    ]
+    return clips
 
 
 def read_excluded(file: Path) -> dict[str, int]:
@@ -328,6 +337,15 @@ def _sampled_frames(
     target_fps = dataset.target_fps
     if target_fps is None or source_fps is None:
         return list(range(info.num_frames)), source_fps
+    if info.times is not None and dataset.source_fps is None:
+        try:
+            return resample_times(info.times, target_fps=target_fps), target_fps
+        except ValueError as gap:
+            time, seconds = gap.args
+            raise InputError(
+                f"{where} target_fps: {source} has frames at an uneven rate, none for {seconds:.3f} s after {time:.2f} "
+                f"s, found {target_fps:g}, a frame every {1 / target_fps:.3f} s; frames are left out, never repeated"
+            ) from None
     if same_rate(source_fps, target_fps):
         return list(range(info.num_frames)), source_fps
     if target_fps > source_fps:

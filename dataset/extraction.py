@@ -47,6 +47,33 @@ def resample(num_frames: int, *, source_fps: float, target_fps: float) -> list[i
     return indices
 
 
+def resample_times(times: Sequence[float], *, target_fps: float) -> list[int]:
+    """The frames of an uneven clock shown at the ticks of an even one: for each time k / target_fps the nearest.
+
+    Args:
+        times: when each source frame is shown, seconds after the first, increasing.
+        target_fps: frames per second wanted.
+
+    Returns:
+        Strictly increasing frame numbers, as far as the last frame.
+
+    Raises:
+        ValueError: one frame is the nearest of two ticks, as no other came for longer than a tick; (time, seconds)
+            of the gap.
+    """
+    indices: list[int] = []
+    nearest = 0
+    while (tick := len(indices) / target_fps) <= times[-1] + 0.5 / target_fps:
+        while nearest + 1 < len(times) and abs(times[nearest + 1] - tick) <= abs(times[nearest] - tick):
+            nearest += 1
+        if indices and indices[-1] == nearest:
+            if nearest + 1 == len(times):
+                break
+            raise ValueError(times[nearest], times[nearest + 1] - times[nearest])
+        indices.append(nearest)
+    return indices
+
+
 def windows(
     num_frames: int, *, lengths: Sequence[int], extraction: Extraction, stride: int = 1, samples: int = 1
 ) -> list[range]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
 IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".webp", ".bmp")
+UNEVEN = 0.5  # of a frame: rounding to a container's ticks stays far below, a phone's changing rate far above
 CONSTANT_RATE_FACTOR = 12  # H.264 quality: below about 17 a viewer sees no difference to the source
 
 
@@ -42,6 +43,8 @@ class VideoInfo:
     fps: float | None
     height: int
     width: int
+    times: tuple[float, ...] | None = None
+    """When each frame is shown, in seconds after the first one, where the frames come at an uneven rate; else None."""
 
 
 def list_frames(folder: Path) -> list[Path]:
@@ -79,12 +82,28 @@ def probe(source: Path) -> VideoInfo:
                 f"{source}: expected {max(stream.frames, len(packets))} frames as its header says, found the file cut "
                 f"off after {len(packets)}; copy or download it again"
             )
-        num_frames = sum(not packet.is_discard for packet in packets)
+        shown = [packet for packet in packets if not packet.is_discard]
+        num_frames = len(shown)
         fps = stream.average_rate or stream.guessed_rate
+        times = _uneven_times(shown, float(fps)) if fps else None
     if not num_frames or not fps:
         raise InputError(f"{source}: expected a video, found {num_frames} frames at {fps or 'no'} frames per second")
     height, width, _ = next(decode(source, [0])).shape
-    return VideoInfo(num_frames=num_frames, fps=float(fps), height=height, width=width)
+    if times is not None and len(times) > 1:
+        fps = Fraction((len(times) - 1) / times[-1])  # what the container says of an uneven clock is a guess
+    return VideoInfo(num_frames=num_frames, fps=float(fps), height=height, width=width, times=times)
+
+
+def _uneven_times(packets: Sequence[av.Packet], fps: float) -> tuple[float, ...] | None:
+    """Presentation times after the first, where one is further than `UNEVEN` frames from an even clock."""
+    stamps = sorted(float(packet.pts * packet.time_base) for packet in packets if packet.pts is not None)
+    if len(stamps) != len(packets) or len(stamps) < 3:
+        return None
+    times = [stamp - stamps[0] for stamp in stamps]
+    step = times[-1] / (len(times) - 1)
+    if step <= 0 or max(abs(time - index * step) for index, time in enumerate(times)) <= UNEVEN * step:
+        return None
+    return tuple(times)
 
 
 def decode(source: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
@@ -142,16 +161,45 @@ def read_clip(clip: Clip) -> tuple[Tensor, Crop]:
     Raises:
         InputError: the source cannot be decoded, or its frames are not of the size found when the clip was listed.
     """
-    crop = clip.crop
-    frames = torch.empty(clip.num_frames, crop.height, crop.width, 3, dtype=torch.uint8)  # [T, H, W, 3]
-    for position, frame in enumerate(decode(clip.source, clip.frame_indices)):
+    ((_, frames),) = read_clips([clip])
+    return frames, clip.crop
+
+
+def read_clips(clips: Sequence[Clip]) -> Iterator[tuple[Clip, Tensor]]:
+    """The frames of several clips of one source, decoded in one pass.
+
+    Memory holds the clips that are begun and not yet complete; frames that they share are held once.
+
+    Args:
+        clips: of one source and one crop.
+
+    Yields:
+        Each clip when its last frame is decoded, with its frames, uint8 [T, H, W, 3] in RGB.
+
+    Raises:
+        InputError: as `read_clip`.
+    """
+    source, crop = clips[0].source, clips[0].crop
+    if any(clip.source != source or clip.crop != crop for clip in clips):
+        raise ValueError("read_clips: expected clips of one source and one crop")
+    users: dict[int, list[int]] = {}
+    for place, clip in enumerate(clips):
+        for index in clip.frame_indices:
+            users.setdefault(index, []).append(place)
+    begun: dict[int, list[np.ndarray]] = {}
+    wanted = sorted(users)
+    for index, frame in zip(wanted, decode(source, wanted), strict=True):
         if frame.shape[:2] != (crop.source_height, crop.source_width):
             raise InputError(
-                f"{clip.source}: expected {crop.source_width}x{crop.source_height} pixels in every frame, found "
-                f"{frame.shape[1]}x{frame.shape[0]} in frame {clip.frame_indices[position]}; make all frames one size"
+                f"{source}: expected {crop.source_width}x{crop.source_height} pixels in every frame, found "
+                f"{frame.shape[1]}x{frame.shape[0]} in frame {index}; make all frames one size"
             )
-        frames[position] = torch.from_numpy(resize_frame(frame, crop))
-    return frames, crop
+        small = resize_frame(frame, crop)
+        for place in users[index]:
+            frames = begun.setdefault(place, [])
+            frames.append(small)
+            if len(frames) == clips[place].num_frames:
+                yield clips[place], torch.from_numpy(np.stack(begun.pop(place)))  # [T, H, W, 3]
 
 
 def resize_frame(frame: np.ndarray, crop: Crop) -> np.ndarray:

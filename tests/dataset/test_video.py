@@ -1,14 +1,29 @@
 """Laws of video files: what is written is what is read, frame by frame, and damage is named."""
 
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_dataset import smooth_frames
 
+import dataset.video
 from core.errors import InputError
 from dataset.buckets import Crop, cover_crop
-from dataset.video import decode, list_frames, probe, read_frames, read_image, resize_frame, write_frames, write_video
+from dataset.video import (
+    decode,
+    list_frames,
+    probe,
+    read_clip,
+    read_clips,
+    read_frames,
+    read_image,
+    resize_frame,
+    write_frames,
+    write_video,
+)
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 17, 40])
@@ -159,3 +174,64 @@ def test_sixteen_bit_images_are_refused(tmp_path):
     Image.fromarray(np.full((64, 96), 4000, np.uint16)).save(tmp_path / "0.png")
     with pytest.raises(InputError, match=r"0\.png.*8-bit"):
         probe(tmp_path)
+
+
+def write_at(times, file) -> None:
+    """Frames shown at these times, each as bright as its number says."""
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=1000, options={"crf": "8", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 5 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+UNEVEN = [*np.arange(0, 1, 1 / 25), *np.arange(1, 2.01, 1 / 10)]  # a phone that slows down when it gets dark
+
+
+def test_an_uneven_clock_is_read(tmp_path):
+    write_at(UNEVEN, tmp_path / "a.mp4")
+    info = probe(tmp_path / "a.mp4")
+    assert info.times == pytest.approx(UNEVEN, abs=2e-3) and info.num_frames == len(UNEVEN)
+    assert info.fps == pytest.approx((len(UNEVEN) - 1) / UNEVEN[-1], rel=1e-2)
+    write_at(np.arange(0, 2, 1 / 25), tmp_path / "b.mp4")
+    assert probe(tmp_path / "b.mp4").times is None
+
+
+def test_frames_of_an_uneven_clock_are_taken_by_their_time(world):
+    write_at(UNEVEN, world.videos / "a.mp4")
+    (world.videos / "a.txt").write_text("grey")
+    (clip,) = [
+        clip
+        for clip in world.clips(camera_directory=None, target_fps=10, target_frames=[17], resolution=[96, 64])
+        if clip.source.name == "a.mp4"
+    ]
+    for tick, (index, time) in enumerate(zip(clip.frame_indices, clip.times, strict=True)):
+        assert time == pytest.approx(UNEVEN[index], abs=2e-3)
+        assert abs(time - tick / 10) <= 0.5 / 25 + 2e-3  # the nearest frame there is
+    assert clip.fps == 10
+    brightness = read_clip(clip)[0].float().mean((1, 2, 3))
+    assert (brightness - 5 * torch.tensor(clip.frame_indices)).abs().max() < 4
+
+
+def test_a_gap_in_an_uneven_clock_is_named(world):
+    write_at([*UNEVEN, UNEVEN[-1] + 0.5], world.videos / "a.mp4")
+    (world.videos / "a.txt").write_text("grey")
+    with pytest.raises(InputError, match=r"a\.mp4 .*uneven rate, none for 0\.500 s after 2\.00 s"):
+        world.clips(camera_directory=None, target_fps=10, target_frames=[17])
+
+
+def test_clips_of_one_video_come_from_one_pass_as_from_many(world, monkeypatch):
+    clips = world.clips(target_frames=[5, 9], frame_extraction="slide", frame_stride=3)
+    assert len(clips) > 5
+    alone = {clip.name: read_clip(clip)[0] for clip in clips}
+    passes = []
+    once = dataset.video.decode
+    monkeypatch.setattr(dataset.video, "decode", lambda *given: passes.append(given) or once(*given))
+    together = dict((clip.name, frames) for clip, frames in read_clips(clips))
+    assert len(passes) == 1 and together.keys() == alone.keys()
+    for name, frames in together.items():
+        assert torch.equal(frames, alone[name])
