@@ -6,33 +6,43 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memory.device import CpuDevice
+from memory.masters import Kind
 from memory.quant import QuantLinear
-from memory.runners import BlockRunner, run_checkpointed
-from memory.stream import StreamedBlocks, move_all_but, spread
-from tests.memory.tiny_blocks import Lora, trainable
+from memory.runners import BlockRunner, run_checkpointed, run_with
+from memory.store import HostStore
+from memory.stream import Ring, StreamedBlocks, move_all_but, ring_bytes, spread
+from networks.lora_linear import LoRAAdapter, block_linears, inject_lora
+from tests.memory.tiny_blocks import trainable
 from tests.wan_ext.models import CONFIGS, lively_dit
 from wan_ext.condition import CameraCondition
 from wan_ext.dit import WanDiT, storage_dtype
+from wan_ext.fused_block import BlockSchedule, FusedBlockMaths
 
 
-def make_dit(name: str, dtype: torch.dtype, quantize: bool) -> WanDiT:
+def make_dit(name: str, dtype: torch.dtype, quantize: bool, seed: int = 0) -> WanDiT:
     """A frozen DiT of four blocks with LoRA on query and feed-forward, perhaps with 8-bit linears."""
-    dit = lively_dit(replace(CONFIGS[name], num_layers=4)).requires_grad_(False)
+    dit = lively_dit(replace(CONFIGS[name], num_layers=4), seed).requires_grad_(False)
     for parameter_name, parameter in dit.named_parameters():
         parameter.data = parameter.data.to(storage_dtype(parameter_name, dtype))
-    generator = torch.Generator().manual_seed(5)
-    for module in list(dit.blocks.modules()):
-        for child_name, child in list(module.named_children()):
-            if not isinstance(child, nn.Linear):
-                continue
-            base = QuantLinear.from_linear(child) if quantize else child
-            setattr(module, child_name, Lora(base, generator) if child_name in ("q", "2") else base)
+    generator, adapters = torch.Generator().manual_seed(5 + seed), {}
+    for path, linear in block_linears(dit).items():
+        if path.endswith((".q", ".ffn.2")):
+            down, up = (
+                nn.Parameter(torch.randn(shape, generator=generator) * 0.1)
+                for shape in ((4, linear.in_features), (linear.out_features, 4))
+            )
+            adapters[path] = LoRAAdapter(down, up, alpha=2.0, dropout=0.2)
+        if quantize:
+            dit.set_submodule(path, QuantLinear.from_linear(linear))
+    inject_lora(dit, adapters)
     return dit
 
 
 def train(dit: WanDiT, runner: BlockRunner, device: str = "cpu") -> list[Tensor]:
     """Velocity, the camera's gradient, and those of the adapters."""
     config, generator = dit.config, torch.Generator().manual_seed(6)
+    torch.manual_seed(7)  # of dropout
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
@@ -68,6 +78,29 @@ def test_streamed_equals_checkpointed(name: str, dtype: torch.dtype, quantize: b
     assert len(found) == len(expected) > 10
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(torch.isfinite(tensor).all() and tensor.abs().sum() > 0 for tensor in found)
+
+
+@pytest.mark.parametrize("keep_attention, masters", [(True, "pinned"), (False, "mapped")])
+def test_two_experts_of_fused_blocks_with_one_ring_and_one_store_in_host_memory(
+    keep_attention: bool, masters: Kind
+) -> None:
+    maths = FusedBlockMaths(BlockSchedule(head_groups=2, token_chunk=9, keep_attention=keep_attention))
+    experts, resident = ([make_dit("t2v", torch.bfloat16, True, seed) for seed in (0, 1)] for _ in range(2))
+    device = CpuDevice()
+    ring = Ring(device, ring_bytes(experts[0].blocks) // 2)
+    store = HostStore(device)
+    runners = [
+        StreamedBlocks(
+            dit.blocks, streamed=streamed, device="cpu", ring=ring, maths=maths, store=store, masters=masters
+        )
+        for dit, streamed in zip(experts, [(0, 1, 2, 3), (1, 2, 3)], strict=True)
+    ]
+    for which in (0, 1, 0):
+        found = train(experts[which], runners[which])
+        expected = train(resident[which], run_with(maths))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert all(torch.isfinite(tensor).all() and tensor.abs().sum() > 0 for tensor in found)
+    assert store.host_bytes > 0
 
 
 @pytest.mark.gpu
