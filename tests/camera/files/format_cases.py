@@ -1,4 +1,5 @@
-"""Camera files written by hand from their formats' definitions, all of one and the same two-frame path.
+"""Camera files written by hand from their formats' definitions, all of one and the same two-frame path; any path to
+write, and how paths are compared.
 
 Frame 0: the camera stands at (1, 2, 3) and looks along world z, unturned: c2w = [1 | (1, 2, 3)].
 Frame 1: it stands at (1, 2, 4), turned 90 degrees to the right about its own down axis: it looks along world x, its
@@ -19,12 +20,15 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from camera.files.formats import read_camera
+from camera.moves.trajectories import smooth_random_path
 from camera.path import CameraPath
 
 HEIGHT, WIDTH = 60, 100
@@ -216,6 +220,33 @@ BY_HAND: dict[str, tuple[str, Callable[[Path], Path], dict[str, object]]] = {  #
     "omnicam": ("safetensors", omnicam, {"direction": "w2c", "axes": "opencv"}),
     "pytorch3d": ("safetensors", pytorch3d, {"direction": "w2c", "axes": "pytorch3d"}),
 }
+
+
+def read(file: Path, **settings: object) -> CameraPath:
+    return read_camera(file, height=HEIGHT, width=WIDTH, **settings)  # type: ignore[arg-type]
+
+
+def random_path(*, zoom: bool = False, **changes: object) -> CameraPath:
+    path = smooth_random_path(
+        seed=3,
+        num_frames=7,
+        height=HEIGHT,
+        width=WIDTH,
+        position_low=(-2, -2, -2),
+        position_high=(2, 2, 2),
+    )
+    K = path.K[:1].expand(7, 3, 3).clone()
+    if zoom:  # a focal length that changes, pixels that are not square, a centre that is off
+        K[:, 0, 0] += torch.arange(7)
+        K[:, 1, 1] *= 1.1
+        K[:, 0, 2] += 3
+    return replace(path, K=K, **changes)  # type: ignore[arg-type]
+
+
+def assert_same(found: CameraPath, wanted: CameraPath, tolerance: float = 1e-6) -> None:
+    torch.testing.assert_close(found.c2w, wanted.c2w, atol=tolerance, rtol=0)
+    torch.testing.assert_close(found.K, wanted.K, atol=1e-5, rtol=0)
+    assert (found.height, found.width) == (wanted.height, wanted.width)
 
 
 def _text(folder: Path, text: str) -> Path:

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from camera.files.formats import read_camera, write_re10k, write_ten
 from camera.moves.trajectories import smooth_random_path
-from camera.path import CameraPath
+from camera.path import CameraPath, rotation_error
 from camera.ten_numbers import from_ten_numbers, ten_numbers
 from core.errors import InputError
 
@@ -169,8 +169,11 @@ def test_re10k_headers(tmp_path: Path, header: str) -> None:
 def test_printed_digits_of_a_rotation_are_rounded_back(tmp_path: Path) -> None:
     matrix = Rotation.from_euler("xyz", [0.3, -0.5, 0.2]).as_matrix()
     row = " ".join(f"{v:.3f}" for v in torch.cat([torch.from_numpy(matrix), torch.zeros(3, 1)], 1).flatten().tolist())
-    path = read(tmp_path, f"clip\n0 0.5 0.9 0.5 0.5 0 0 {row}")
-    torch.testing.assert_close(path.rotations[0].T, torch.from_numpy(matrix), atol=1e-3, rtol=0)
+    for text in (f"clip\n0 0.5 0.9 0.5 0.5 0 0 {row}", f"0 0.5 0.9 0.5 0.5 0 0 {row} 0 0 0 1"):  # ComfyUI's too
+        path = read(tmp_path, text)
+        rotation = path.rotations[0] if text.endswith("1") else path.rotations[0].T
+        torch.testing.assert_close(rotation, torch.from_numpy(matrix), atol=1e-3, rtol=0)
+        assert rotation_error(rotation) < 1e-14
 
 
 def replaced(row: str, column: int, value: str) -> str:
@@ -216,7 +219,9 @@ def replaced(row: str, column: int, value: str) -> str:
         (f"clip\n{replaced(RE10K, 8, '1.1')}", "auto", 2, "no rotation"),
         (f"clip\n{replaced(RE10K, 8, '-1')}", "auto", 2, "determinant -1"),
         (f"clip\n{replaced(RE10K, 2, '0')}", "auto", 2, "positive focal"),
+        (f"clip\n{replaced(RE10K, 3, '-0.5')}", "auto", 2, "positive focal"),
         (f"clip\n{replaced(RE10K, 2, '665.6')}", "auto", 2, "look like pixels"),
+        (f"clip\n{replaced(RE10K, 6, '0.01')}", "auto", 2, "distortion"),
         (f"clip\n{replaced(RE10K, 7, '0.01')}", "auto", 2, "distortion"),
         (b"0 0 0\n1 \xff 2", "auto", 2, "0xff"),
     ],

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from format_cases import BY_HAND, HEIGHT, WIDTH, expected
+from format_cases import BY_HAND, C2W, HEIGHT, W2C, WIDTH, assert_same, expected, random_path, read
+from safetensors.numpy import save_file
 from scipy.spatial.transform import Rotation
 
-from camera.files.colmap import write_colmap
 from camera.files.formats import FORMATS, camera_files, declared_pose_frame, read_camera, recognise, write_camera
+from camera.files.pose_arrays import POSE_NAMES
 from camera.files.settings import CAMERA_FORMATS, CameraFileSettings
-from camera.moves.trajectories import smooth_random_path
-from camera.path import CameraPath
 from core.errors import InputError
 
 FILES = {  # format -> name that a path is written to
@@ -30,33 +31,12 @@ FILES = {  # format -> name that a path is written to
     "safetensors": "a.safetensors",
 }
 NEEDS_ONE_FOV = ("ten", "tum", "recammaster")
-
-
-def read(file: Path, **settings: object) -> CameraPath:
-    return read_camera(file, height=HEIGHT, width=WIDTH, **settings)  # type: ignore[arg-type]
-
-
-def random_path(*, zoom: bool = False, **changes: object) -> CameraPath:
-    path = smooth_random_path(
-        seed=3,
-        num_frames=7,
-        height=HEIGHT,
-        width=WIDTH,
-        position_low=(-2, -2, -2),
-        position_high=(2, 2, 2),
-    )
-    K = path.K[:1].expand(7, 3, 3).clone()
-    if zoom:  # a focal length that changes, pixels that are not square, a centre that is off
-        K[:, 0, 0] += torch.arange(7)
-        K[:, 1, 1] *= 1.1
-        K[:, 0, 2] += 3
-    return replace(path, K=K, **changes)  # type: ignore[arg-type]
-
-
-def assert_same(found: CameraPath, wanted: CameraPath, tolerance: float = 1e-6) -> None:
-    torch.testing.assert_close(found.c2w, wanted.c2w, atol=tolerance, rtol=0)
-    torch.testing.assert_close(found.K, wanted.K, atol=1e-5, rtol=0)
-    assert (found.height, found.width) == (wanted.height, wanted.width)
+MISFITS = {  # frames, rows and columns of K to be made a tenth larger
+    "zoom": (slice(3, 4), [0, 1], [0, 1]),
+    "pixels that are not square": (slice(None), 1, 1),
+    "off centre across": (slice(None), 0, 2),
+    "off centre down": (slice(None), 1, 2),
+}
 
 
 def test_every_name_has_a_reader_a_writer_and_a_file_by_hand() -> None:
@@ -75,11 +55,6 @@ def test_a_file_written_by_hand_is_the_path_it_describes(tmp_path: Path, case: s
     assert_same(path, expected())
     assert (path.pose_frame, path.scale_rule, path.fps) == ("scene", "none", None)
     assert declared_pose_frame(file) is None
-
-
-@pytest.mark.parametrize("case", ["colmap_text", "colmap_binary"])
-def test_the_mean_depth_of_a_model_is_that_of_the_points_of_its_first_image(tmp_path: Path, case: str) -> None:
-    assert read(BY_HAND[case][1](tmp_path)).mean_depth == pytest.approx(4)
 
 
 @pytest.mark.parametrize("format", FILES)
@@ -108,6 +83,49 @@ def test_what_is_written_is_read_with_everything_that_belongs_to_it(
     assert read_camera(file, height=HEIGHT, width=WIDTH, fps=8).fps == 8
 
 
+@pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.parametrize("format", NEEDS_ONE_FOV)
+def test_what_one_field_of_view_cannot_say_is_not_left_out(tmp_path: Path, format: str, misfit: str) -> None:
+    path = random_path()
+    K = path.K.clone()
+    K[MISFITS[misfit]] *= 1.1
+    path = replace(path, K=K)
+    if (format, misfit) == ("ten", "zoom"):  # it has one number for each frame
+        write_camera(path, tmp_path / "a", format=format)
+        assert_same(read(tmp_path / "a"), path)
+    else:
+        with pytest.raises(InputError, match="square pixels and a centred camera"):
+            write_camera(path, tmp_path / "a", format=format)
+
+
+@pytest.mark.parametrize("format", ["tum", "recammaster"])
+def test_the_field_of_view_that_a_file_records_is_horizontal(tmp_path: Path, format: str) -> None:
+    """Whatever fov_axis says, which is about a field of view that the caller gives."""
+    path = random_path()
+    write_camera(path, tmp_path / FILES[format], format=format)
+    assert_same(read(tmp_path / FILES[format], fov_axis="vertical"), path)
+
+
+def test_timestamps_are_the_times_of_the_frames(tmp_path: Path) -> None:
+    """RealEstate10K counts microseconds, TUM seconds; without a rate there is no clock."""
+    for format, unit, fps, still in (("re10k", 1e6, 12.5, 0), ("tum", 1.0, 12.5, 1), ("re10k", 1, None, 0)):
+        write_camera(random_path(fps=fps), tmp_path / "a.txt", format=format)
+        rows = [line.split() for line in (tmp_path / "a.txt").read_text().splitlines() if line and line[0] != "#"]
+        times = [index / fps * unit if fps else still * index for index in range(7)]
+        assert [float(row[0]) for row in rows] == pytest.approx(times)
+
+
+@pytest.mark.parametrize("format", ["arrays", "safetensors", "nerf", "recammaster"])
+def test_content_alone_tells_the_format_of_a_file_without_a_suffix(tmp_path: Path, format: str) -> None:
+    write_camera(random_path(), tmp_path / FILES[format], format=format)
+    content = (tmp_path / FILES[format]).read_bytes()
+    if format in ("nerf", "recammaster"):
+        content = b"\xef\xbb\xbf\n " + content  # a byte-order mark, as some editors write it
+    (tmp_path / "camera").write_bytes(content)
+    assert recognise(tmp_path / "camera") == format
+    assert_same(read(tmp_path / "camera"), random_path())
+
+
 @pytest.mark.parametrize("format", [name for name in FILES])
 def test_a_path_is_read_at_the_size_that_is_asked_for(tmp_path: Path, format: str) -> None:
     """Twice the pixels, twice the focal length and centre, whatever size the file was written at."""
@@ -117,33 +135,14 @@ def test_a_path_is_read_at_the_size_that_is_asked_for(tmp_path: Path, format: st
     torch.testing.assert_close(found.K[:, :2], 2 * path.K[:, :2], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("binary", [False, True])
-def test_colmap_reads_what_is_written_here(tmp_path: Path, binary: bool) -> None:
-    pycolmap = pytest.importorskip("pycolmap")
-    path = random_path(zoom=True)
-    write_colmap(path, tmp_path / "model", binary=binary)
-    model = pycolmap.Reconstruction(tmp_path / "model")
-    images = sorted(model.images.values(), key=lambda image: image.name)
-    assert len(images) == len(path)
-    for image, c2w, K in zip(images, path.c2w.numpy(), path.K.numpy(), strict=True):
-        np.testing.assert_allclose(image.cam_from_world().inverse().matrix(), c2w[:3], atol=1e-9)
-        np.testing.assert_allclose(model.cameras[image.camera_id].calibration_matrix(), K, atol=1e-9)
-
-
-@pytest.mark.parametrize("binary", [False, True])
-def test_what_colmap_writes_is_read_here(tmp_path: Path, binary: bool) -> None:
-    pycolmap = pytest.importorskip("pycolmap")
-    path = random_path()
-    model = pycolmap.Reconstruction()
-    camera = pycolmap.Camera.create_from_model_name(1, "OPENCV", float(path.K[0, 0, 0]), WIDTH, HEIGHT)
-    model.add_camera_with_trivial_rig(camera)
-    for index, pose in enumerate(path.c2w.inverse().numpy()):
-        image = pycolmap.Image(f"f{20 - index:03d}.png", np.random.default_rng(index).random((5, 2)), 1, 20 - index)
-        model.add_image_with_trivial_frame(image, pycolmap.Rigid3d(pose[:3]))
-    (tmp_path / "sparse" / "0").mkdir(parents=True)
-    (model.write_binary if binary else model.write_text)(str(tmp_path / "sparse" / "0"))
-    found = read(tmp_path)  # the last image comes first by name
-    assert_same(found, replace(path, c2w=path.c2w.flip(0)))
+@pytest.mark.parametrize("case", ["colmap_text", "tum"])
+def test_quaternions_of_two_decimals_are_read_as_rotations(tmp_path: Path, case: str) -> None:
+    _, write, settings = BY_HAND[case]
+    file = write(tmp_path)
+    text = file / "images.txt" if file.is_dir() else file
+    text.write_text(text.read_text().replace(str(math.sqrt(0.5)), "0.71"))
+    assert "0.71 0" in text.read_text()
+    assert_same(read(file, **settings), expected())
 
 
 def test_tum_quaternions_are_scipys(tmp_path: Path) -> None:
@@ -171,23 +170,80 @@ def test_unreal_moves_are_the_moves_of_our_camera(tmp_path: Path) -> None:
     torch.testing.assert_close(path.positions[1], torch.tensor([0.2, -0.07, 1.0], dtype=torch.float64))
 
 
-def test_the_frames_of_a_folder_are_matched_by_name(tmp_path: Path) -> None:
-    file = BY_HAND["colmap_text"][1](tmp_path)
-    assert_same(read(file, frame_names=["b.png", "a.png"]), expected((1, 0)))
-    assert_same(read(file, frame_names=["b.jpg"]), expected((1,)))  # the same frame, converted
-    with pytest.raises(InputError, match=r"model: .*none for c\.png, d\.png"):
-        read(file, frame_names=["a.png", "c.png", "d.png"])
+def nerf_with(folder: Path, **changes: object) -> Path:
+    """The synthetic scenes' form by hand, with other entries; None takes one out."""
+    file = BY_HAND["nerf_angle"][1](folder)
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    return file
 
 
-def test_one_camera_of_a_model_with_folders_of_images(tmp_path: Path) -> None:
-    file = BY_HAND["colmap_text"][1](tmp_path)
-    images = (file / "images.txt").read_text()
-    (file / "images.txt").write_text(images.replace("b.png", "left/1.png").replace("a.png", "right/1.png"))
-    assert_same(read(file, name="right"), expected((0,)))
-    with pytest.raises(InputError, match="'middle', found them in left, right"):
-        read(file, name="middle")
-    with pytest.raises(InputError, match="camera_name"):
-        read(file, frame_names=["1.png"])
+def test_any_angle_or_focal_length_says_the_lens_and_a_frame_goes_before_the_file(tmp_path: Path) -> None:
+    down = 2 * math.atan(30 / 50)
+    assert_same(read(nerf_with(tmp_path, camera_angle_x=None, camera_angle_y=down)), expected())
+    size = {"w": 200, "h": 120}
+    assert_same(read(nerf_with(tmp_path, camera_angle_x=None, fl_y=100, **size)), expected())
+    narrow = read(nerf_with(tmp_path, camera_angle_y=2 * math.atan(30 / 100)))
+    assert narrow.K[0, [0, 1], [0, 1]].tolist() == pytest.approx([50, 100])
+    frames = json.loads(BY_HAND["nerf_angle"][1](tmp_path).read_text())["frames"]
+    frames[1] |= {"fl_x": 50, "cx": 90}
+    found = read(nerf_with(tmp_path, fl_x=100, **size, frames=frames))
+    assert found.K[:, 0, 0].tolist() == pytest.approx([50, 25]) and found.K[:, 0, 2].tolist() == pytest.approx([50, 45])
+
+
+def test_frames_without_names_are_in_the_order_of_the_list(tmp_path: Path) -> None:
+    frames = json.loads(BY_HAND["nerf_angle"][1](tmp_path).read_text())["frames"]
+    poses = [{"transform_matrix": frame["transform_matrix"]} for frame in reversed(frames)]
+    assert_same(read(nerf_with(tmp_path, frames=poses)), expected((1, 0)))
+
+
+def test_a_folder_with_a_transforms_json_is_that_file(tmp_path: Path) -> None:
+    path = random_path().relative_to_first()
+    write_camera(path, tmp_path / "transforms.json", format="nerf")
+    assert recognise(tmp_path) == "nerf" and declared_pose_frame(tmp_path) == "first"
+    assert_same(read(tmp_path), path)
+    assert camera_files(tmp_path) == [tmp_path / "transforms.json"]
+
+
+@pytest.mark.parametrize("name", POSE_NAMES)
+def test_a_name_that_says_the_direction_is_believed_and_any_other_needs_it_said(tmp_path: Path, name: str) -> None:
+    matrices, direction = (W2C, "w2c") if name in ("w2c", "world2cam") else (C2W, "c2w")
+    np.savez(tmp_path / "a.npz", **{name: np.array(matrices, dtype=float)})
+    options = {"axes": "opencv", "fov_degrees": 90.0}
+    if "2" in name:
+        assert_same(read(tmp_path / "a.npz", **options), expected())
+    else:
+        with pytest.raises(InputError, match="camera_direction"):
+            read(tmp_path / "a.npz", **options)
+    assert_same(read(tmp_path / "a.npz", direction=direction, **options), expected())
+
+
+@pytest.mark.parametrize("names", [("focals", "principal_points"), ("focal", "pp"), ("im_focals", "im_pp")])
+@pytest.mark.parametrize("each", [False, True])
+def test_principal_points_go_with_focal_lengths(tmp_path: Path, names: tuple[str, str], each: bool) -> None:
+    centres = np.array([[90.0, 70.0], [90.0, 70.0]] if each else [[90.0, 70.0]])
+    arrays = {"c2w": np.array(C2W, dtype=float), names[0]: np.full((2, 1), 100.0), names[1]: centres}
+    np.savez(tmp_path / "a.npz", **arrays)
+    K = read(tmp_path / "a.npz", axes="opencv", size=(120, 200)).K
+    assert K[1].tolist() == [[50, 0, 45], [0, 50, 35], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "intrinsics",
+    [
+        {"K": np.array([[100.0, 0, 100], [0, 100, 60], [0, 0, 1]])},
+        {"focals": np.full(2, 100.0)},
+        {"intrinsics": np.array([[0.5, 0, 0.5], [0, 50 / 60, 0.5], [0, 0, 1]])},
+    ],
+    ids=lambda arrays: next(iter(arrays)),
+)
+def test_in_safetensors_only_intrinsics_are_divided_by_the_size(tmp_path: Path, intrinsics: dict[str, object]) -> None:
+    arrays = {"c2w": np.array(C2W, dtype=float), **intrinsics}
+    save_file(arrays, tmp_path / "a.safetensors", {"fps": "null", "mean_depth": "null", "axes": "opencv"})
+    size = {} if "intrinsics" in intrinsics else {"size": (120, 200)}
+    found = read(tmp_path / "a.safetensors", **size)
+    assert_same(found, expected())
+    assert found.fps is None and found.mean_depth is None
 
 
 def test_the_files_of_a_camera_are_those_that_are_read(tmp_path: Path) -> None:
@@ -210,6 +266,7 @@ def test_settings_say_what_is_wrong_with_them() -> None:
         ({"format": "colmp"}, "did you mean 'colmap'"),
         ({"fov_degrees": 180.0}, "found 180"),
         ({"size": (0, 3)}, "size"),
+        ({"size": (3, 0)}, "size"),
         ({"name": " "}, "name"),
     ):
         with pytest.raises(InputError, match=found):

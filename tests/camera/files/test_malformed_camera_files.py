@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from format_cases import BY_HAND, C2W, HEIGHT, WIDTH
+from format_cases import BY_HAND, C2W, HEIGHT, W2C, WIDTH
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from camera.files.formats import FORMATS, read_camera, write_camera
 from camera.files.settings import CAMERA_FORMATS
@@ -78,6 +79,7 @@ MIRRORED = [[-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
         (drop("frames", 1, "transform_matrix"), ["frame 1", "'transform_matrix'"]),
         (put("frames", 1, "transform_matrix", [[1]]), ["frame 1 (./images/frame_9.png)", "4x4"]),
         (put("frames", 1, "transform_matrix", 0, 0, "1"), ["frame 1", "number", "'1'"]),
+        (put("frames", 1, "transform_matrix", 0, 0, True), ["frame 1", "number", "True"]),
         (put("frames", 1, "transform_matrix", 0, 0, math.nan), ["frame 1", "finite"]),
         (put("frames", 1, "transform_matrix", 0, 0, 10**400), ["frame 1", "finite"]),
         (put("frames", 0, "transform_matrix", MIRRORED), ["frame 0", "determinant -1"]),
@@ -152,11 +154,14 @@ def test_a_file_of_several_cameras_and_no_field_of_view(tmp_path: Path) -> None:
         ("cameras", "100 100 100 60", "100 100 100", ["expected 4 parameters"]),
         ("cameras", "100 100 100 60", "-100 100 100 60", ["above 0"]),
         ("cameras", "100 100 100 60", "nan 100 100 60", ["cameras.txt line 2", "'nan'"]),
+        ("cameras", "200 120", "0 120", ["images.txt line 4", "above 0", "0x120"]),
+        ("cameras", "3 PINHOLE", "3 PINHOLE 200 120 1 1 1 1\n3 PINHOLE", ["cameras.txt line 3", "once"]),
         ("cameras", "200 120", "wide 120", ["cameras.txt line 2", "WIDTH"]),
         ("cameras", "3 PINHOLE 200 120 100 100 100 60", "3 PINHOLE", ["cameras.txt line 2", "2 words"]),
         ("cameras", "3 PIN", "4 PIN", ["line 4", "camera 3"]),
         ("images", " 3 a.png", "", ["images.txt line 4", "words"]),
         ("images", "10 20 5", "10 20", ["images.txt line 5", "triples"]),
+        ("images", "10 20 5", "10 20 " + 25 * "9", ["images.txt line 5", "POINT3D_ID"]),
         ("images", "7 1 0 0 0", "7 2 0 0 0", ["images.txt line 4", "length 2"]),
         ("images", "7 1 0 0 0", "7 inf 0 0 0", ["images.txt line 4", "'inf'"]),
         ("images", "a.png", "b.png", ["two for b.png"]),
@@ -198,6 +203,14 @@ def test_a_binary_model_that_is_cut_anywhere_is_an_error(tmp_path: Path, name: s
     fails(model, f"{name}.bin")
 
 
+@pytest.mark.parametrize(("name", "number"), [("cameras", 100.0), ("images", 4.0), ("points3D", 5.0)])
+def test_numbers_of_a_binary_model_are_finite(tmp_path: Path, name: str, number: float) -> None:
+    model = BY_HAND["colmap_binary"][1](tmp_path)
+    file = model / f"{name}.bin"
+    file.write_bytes(file.read_bytes().replace(struct.pack("<d", number), struct.pack("<d", math.nan), 1))
+    fails(model, f"{name}.bin", "finite")
+
+
 def test_a_folder_that_is_no_model_and_a_file_of_one(tmp_path: Path) -> None:
     fails(tmp_path, "folder without", "COLMAP")
     fails(tmp_path, "COLMAP", format="colmap")
@@ -220,6 +233,8 @@ def test_a_folder_that_is_no_model_and_a_file_of_one(tmp_path: Path) -> None:
         ("0 1 2 3 0 0 0 0\n", ["line 1", "length 0"]),
         ("0 1 2 3 1 1 0 0\n", ["line 1", "length 1.414"]),
         ("1 1 2 3 0 0 0 1\n0 1 2 3 0 0 0 1\n", ["line 2", "grow"]),
+        ("1 1 2 3 0 0 0 1\n1 1 2 3 0 0 0 1\n", ["line 2", "grow"]),
+        ("# fps: 8\n# fps: 9\n0 1 2 3 0 0 0 1\n", ["line 2", "one fps", "9.0 after 8.0"]),
         ("0 1 2 3 0 0 0 1\n1 1 2 3 0 0 0\n", ["line 2", "found 7"]),
         ("0 1 2 nan 0 0 0 1\n", ["line 1", "'nan'"]),
         ("# fov_degrees: 200\n0 1 2 3 0 0 0 1\n", ["line 1", "below 180"]),
@@ -279,6 +294,7 @@ GOOD: dict[str, Any] = {
         ({"intrinsics": np.ones(5)}, ["intrinsics", "[5]"]),
         ({"intrinsics": FOUR / 200}, ["intrinsics", "multiply"]),
         ({"intrinsics": FOUR * np.nan}, ["intrinsics", "finite"]),
+        ({"intrinsics": FOUR * [1, -1, 1, 1]}, ["intrinsics", "above 0"]),
         ({"intrinsics": np.ones((3, 3)) * 50}, ["intrinsics", "[fx, 0, cx]"]),
         ({"intrinsics": None}, ["field of view", "camera_fov"]),
         ({"intrinsics": None, "focals": np.ones((2, 2))}, ["focals", "[2, 2]"]),
@@ -320,14 +336,20 @@ def test_safetensors(tmp_path: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     fails(file, "safetensors", direction="w2c", axes="opencv")
+    save_file({"w2c": np.array(W2C, dtype=float), "intrinsics": FOUR}, file)
+    fails(file, "found 100", "looks like pixels", axes="opencv")
 
 
-@pytest.mark.parametrize("case", [case for case, (_, _, wanted) in BY_HAND.items() if not wanted])
-@pytest.mark.parametrize(
-    "setting", [{"direction": "c2w"}, {"axes": "opencv"}, {"fov_degrees": 60.0}, {"size": (60, 100)}]
-)
-def test_a_setting_that_would_do_nothing_is_refused(tmp_path: Path, case: str, setting: dict[str, Any]) -> None:
-    fails(BY_HAND[case][1](tmp_path), "camera_", "does nothing", **setting)
+SETTINGS = {"direction": "c2w", "axes": "opencv", "fov_degrees": 60.0, "size": (60, 100), "name": "cam02"}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_a_setting_that_would_do_nothing_is_refused(tmp_path: Path, case: str) -> None:
+    format, write, wanted = BY_HAND[case]
+    camera = write(tmp_path)
+    for setting, value in SETTINGS.items():
+        if setting not in FORMATS[format].settings:
+            fails(camera, f"camera_{setting.removesuffix('_degrees')}", "does nothing", **{**wanted, setting: value})
 
 
 def test_writers_refuse_what_they_cannot_do(tmp_path: Path) -> None:

@@ -60,6 +60,9 @@ def test_mistakes_name_the_file(tmp_path: Path) -> None:
         read(file, fps=None)
     with pytest.raises(InputError, match=r"segment 1: expected an end within the clip's 0\.5 s"):
         read(file, num_frames=4)
+    for setting in ({"direction": "c2w"}, {"axes": "opencv"}, {"size": (48, 80)}):
+        with pytest.raises(InputError, match=r"clip\.txt: .*no camera_direction, camera_axes or camera_size"):
+            read(file, **setting)
     file.write_text("a plain caption")
     with pytest.raises(InputError, match="expected a text with camera tags, found none"):
         read(file, format="tagged")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -119,6 +120,13 @@ def test_nothing_is_cut_after_three_seconds() -> None:
 def test_without_a_number_of_frames_the_path_lasts_as_long_as_the_text() -> None:
     assert len(read(text(segment(0, 2.5)), None)) == 21
     close(read(text(segment(0, 2.5)), None).c2w, read(text(segment(0, 2.5)), 21).c2w, atol=0)
+    assert len(read(text(segment(0, 0.28)), None, fps=25)) == 8  # though 0.28 * 25 is a little above 7
+
+
+def test_a_text_may_last_as_long_as_the_last_frame_is_shown() -> None:
+    assert len(read(text(segment(0, 3.125)), 25)) == 25
+    with pytest.raises(InputError, match="expected an end within"):
+        read(text(segment(0, 3.13)), 25)
 
 
 def test_rotate_rolls_over_its_segment_and_stays_rolled() -> None:
@@ -132,6 +140,9 @@ def test_rotate_rolls_over_its_segment_and_stays_rolled() -> None:
 
 def test_the_angle_of_view_is_the_reference_s_or_the_given_one() -> None:
     close(read(text(segment())).fov_degrees(), 53.130102, atol=1e-5)
+    for height, width in ((64, 96), (96, 64)):
+        path = read_tagged(text(segment()), fps=8, height=height, width=width)
+        close(path.K[:, [0, 1], [0, 1]], 96, atol=1e-9)  # the longer side, however the frame is held
     given = read_tagged(text(segment()), fps=8, height=64, width=96, num_frames=25, fov_degrees=70)
     close(given.fov_degrees(), 70.0, atol=1e-9)
 
@@ -144,8 +155,13 @@ def test_form_does_not_matter() -> None:
         plain.removesuffix(" <sep>"),
         plain.replace("> <", ">\n<"),
         plain.replace(">high<", "> High <").replace(">left<", "> LEFT <"),
+        re.sub("<[^>]*>", lambda tag: tag[0].upper(), plain),
     ):
         assert tagged_segments(other) == tagged_segments(plain)
+        assert is_tagged(other)
+    rolled = text(segment(rotate="clockwise 30"))
+    for degrees in ("30.", "30 deg", "30deg", "30 degrees", "30°"):
+        assert tagged_segments(rolled.replace(" 30", f" {degrees}")) == tagged_segments(rolled)
 
 
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
@@ -209,6 +225,7 @@ def test_numbers_that_make_no_clip_are_refused(wrong: dict[str, float]) -> None:
     [
         (text(segment()), "a red car, at night"),
         ("Object: a dog ;" + segment(), "a dog"),
+        ("object: a dog;camera: " + segment(), "a dog"),
         (segment() + " <sep>", ""),
         (
             "  a plain caption; with a semicolon: and Camera shake \n",
