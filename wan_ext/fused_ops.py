@@ -110,7 +110,7 @@ def norm_modulate_backward(
     grad, x, mean, rstd, out_rows = (_framed(t, frames) for t in (grad, x, mean, rstd, out))
     only_x = [True, False, False]
     for rows in _some_rows(x, 2):
-        grad_unit = (grad[:, :, rows] * gain[:, :, None]).contiguous()
+        grad_unit = (grad[:, :, rows] * gain[:, :, None]).to(x.dtype).contiguous()
         rows_x, rows_mean, rows_rstd = (t[:, :, rows].contiguous() for t in (x, mean, rstd))  # or it reads them wrongly
         out_rows[:, :, rows] += torch.ops.aten.native_layer_norm_backward(
             grad_unit, rows_x, x.shape[-1:], rows_mean, rows_rstd, None, None, only_x
