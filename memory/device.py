@@ -140,7 +140,10 @@ def _map_pages(num_bytes: int, when_gone: Callable[[int], None]) -> Tensor:
         return torch.empty(0, dtype=torch.uint8)
     size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    pages = (ctypes.c_uint8 * size).from_buffer(mmap.mmap(-1, size, **private))
+    mapping = mmap.mmap(-1, size, **private)
+    if hasattr(mmap, "MADV_DONTFORK"):  # a forked process would make pages copy-on-write under a transfer
+        mapping.madvise(mmap.MADV_DONTFORK)
+    pages = (ctypes.c_uint8 * size).from_buffer(mapping)
     # The tensor's storage holds `pages`, which holds the mapping. At exit driver and system clean up by themselves.
     weakref.finalize(pages, when_gone, ctypes.addressof(pages)).atexit = False
     with torch.inference_mode(False):
@@ -274,7 +277,7 @@ class CudaDevice:
         on_device.record_stream(stream)
         with torch.cuda.stream(stream), torch.no_grad():
             target.detach().copy_(source.detach(), non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event(blocking=True)  # who synchronises with it sleeps
         copied.record(stream)
         return copied
 

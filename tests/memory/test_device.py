@@ -3,7 +3,9 @@
 import contextlib
 import gc
 import mmap
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +44,14 @@ def test_poison_is_nan_in_every_float(dtype: torch.dtype) -> None:
     device = CpuDevice()
     for memory in (device.host(64), device.buffer(64)):
         assert torch.isnan(memory.view(dtype).float()).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux about a mapping")
+def test_a_forked_process_does_not_share_host_memory() -> None:
+    memory = CpuDevice().host(10_000)
+    areas = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    area = next(area for area in areas if area.startswith(f"{memory.data_ptr():08x}-"))
+    assert " dc" in re.findall(r"VmFlags:.*", area)[0]
 
 
 def test_what_has_been_waited_for_includes_what_was_put_into_the_same_queue_before_and_nothing_else() -> None:
@@ -109,7 +119,7 @@ def test_a_device_that_cannot_stream_is_refused() -> None:
 class FakeEvent:
     """Remembers the point in its stream's work at which it was recorded."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocking: bool = False) -> None:
         self.point: tuple[str, int] | None = None
 
     def record(self, stream: "FakeStream") -> None:

@@ -416,6 +416,16 @@ def test_two_experts_share_a_ring_and_no_masters_move(kinds: tuple[Kind, Kind]) 
         runners[1](experts[0], *inputs())
 
 
+def test_the_same_blocks_may_be_streamed_anew_by_another_plan() -> None:
+    blocks, plain = make_blocks(quantize=True), make_blocks(quantize=True)
+    plans: list[tuple[tuple[int, ...], Kind]] = [
+        ((1, 3), "pinned"), ((0, 1, 2, 3, 4), "pinned"), ((2, 4), "mapped"), ((), "pinned"), ((0, 4), "mapped"),
+    ]  # fmt: skip
+    for seed, (numbers, masters) in enumerate(plans):
+        runner = StreamedBlocks(blocks, streamed=numbers, device="cpu", masters=masters)
+        assert_same(results(runner, blocks, seed=seed), results(run_checkpointed, plain, seed=seed))
+
+
 def test_a_ring_that_is_too_small_is_refused_before_anything_moves() -> None:
     blocks = make_blocks()
     before = [tensor.data_ptr() for tensor in frozen(blocks)]
