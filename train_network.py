@@ -17,7 +17,6 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -163,6 +162,7 @@ from core.randomness import generator_for
 from dataset.batches import TrainingSet
 from dataset.clips import list_clips
 from dataset.config import read_dataset_config
+from dataset.prefetch import run_ahead
 from evaluation.filming import FilmingExpert
 from evaluation.validation import CameraValidation
 from memory.runners import BlockRunner, run_checkpointed, run_plain
@@ -224,11 +224,7 @@ def main(options: Options) -> None:
     )
     held_out = held_out_clips(options.validation_config, training_set, variant) if options.validation_config else []
 
-    @lru_cache(maxsize=2)
-    def batches_of(epoch: int) -> list[tuple[int, ...]]:
-        return training_set.batches(seed=options.seed, epoch=epoch, rank=rank, world_size=world_size)
-
-    batches_per_epoch = len(batches_of(0))
+    batches_per_epoch = len(training_set.batches(seed=options.seed, epoch=0, rank=rank, world_size=world_size))
     steps_per_epoch = math.ceil(batches_per_epoch / options.gradient_accumulation_steps)
     max_steps = options.max_train_steps
     if options.max_train_epochs is not None:
@@ -330,6 +326,14 @@ def main(options: Options) -> None:
         )
 
     # ---- the loop -------------------------------------------------------------------------------------------------
+    order = training_set.in_order(
+        seed=options.seed,
+        first=first_step * options.gradient_accumulation_steps,
+        count=(max_steps - first_step) * options.gradient_accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+    )
+    data = run_ahead([lambda: order], threads=1, depth=2)  # two batches are read while a step computes
     smooth_loss: dict[str, float] = {}
     progress = tqdm(
         range(first_step, max_steps),
@@ -350,10 +354,7 @@ def main(options: Options) -> None:
 
         mean_loss = 0.0
         for micro_step in range(options.gradient_accumulation_steps):
-            epoch, index = divmod(step * options.gradient_accumulation_steps + micro_step, batches_per_epoch)
-            group = batches_of(epoch)[index]
-            chance = generator_for(options.seed, "caption_dropout", step, micro_step, rank)
-            batch = training_set.load(group, dropped=training_set.draw_dropped(group, chance)).to(device)
+            batch = next(data).to(device)
             generator = generator_for(options.seed, "noise", step, micro_step, rank)
             low, high = expert.interval
             sigma = flow.sample_sigma(len(batch.keys), low=low, high=high, generator=generator, **law)  # [B]

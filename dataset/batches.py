@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
-from core.randomness import seed_of
+from core.randomness import generator_for, seed_of
 from dataset import cache
 from dataset.clips import Clip, without_caption
 
@@ -109,6 +109,29 @@ class TrainingSet:
         missing = -len(groups) % world_size
         groups += [groups[number % len(groups)] for number in range(missing)]
         return groups[rank::world_size]
+
+    def in_order(self, *, seed: int, first: int, count: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """The batches of one process, epoch after epoch, with the captions of some clips dropped.
+
+        Args:
+            seed: of the run.
+            first: number of the first batch wanted, counted from the start of the run.
+            count: of batches.
+            rank: this process.
+            world_size: number of processes.
+
+        Yields:
+            Batches, each read when it is asked for.
+        """
+        per_epoch = len(self.batches(seed=seed, epoch=0, rank=rank, world_size=world_size))
+        epoch, groups = -1, []
+        for number in range(first, first + count):
+            if number // per_epoch != epoch:
+                epoch = number // per_epoch
+                groups = self.batches(seed=seed, epoch=epoch, rank=rank, world_size=world_size)
+            group = groups[number % per_epoch]
+            chance = generator_for(seed, "caption_dropout", number, rank)
+            yield self.load(group, dropped=self.draw_dropped(group, chance))
 
     def draw_dropped(self, group: Sequence[int], generator: torch.Generator) -> tuple[bool, ...]:
         """For each clip of a group, whether this once it is trained with the empty caption."""

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +90,23 @@ def test_a_dropped_caption_is_the_empty_one(world):
     assert draws[7] == training_set.draw_dropped([0, 1], torch.Generator().manual_seed(7))
     never = TrainingSet(cached(world.clips()), need_camera=True)
     assert not any(any(never.draw_dropped([0, 1], torch.Generator().manual_seed(seed))) for seed in range(50))
+
+
+def test_a_run_that_resumes_reads_what_an_uninterrupted_one_reads(clips):
+    for clip in clips:
+        cache.write_text(without_caption(clip), torch.full((1, 8), -1.0), encoder=T5)
+    training_set = TrainingSet([replace(clip, caption_dropout=0.5) for clip in clips], need_camera=True)
+    per_epoch = len(training_set.batches(seed=1, epoch=0, rank=1, world_size=2))
+    given = {"seed": 1, "rank": 1, "world_size": 2}
+    count = 2 * per_epoch + 1
+    whole = list(training_set.in_order(first=0, count=count, **given))
+    order = [group for epoch in range(3) for group in training_set.batches(epoch=epoch, **given)]
+    assert [batch.keys for batch in whole] == [
+        tuple(training_set.clips[index].key for index in group) for group in order[:count]
+    ]
+    for first in (1, per_epoch, per_epoch + 2):
+        for ours, theirs in zip(training_set.in_order(first=first, count=3, **given), whole[first:], strict=False):
+            assert ours.keys == theirs.keys and torch.equal(ours.context, theirs.context)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 20])
