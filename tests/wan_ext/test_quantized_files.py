@@ -1,4 +1,4 @@
-"""Laws of files of 8-bit weights: the bits of quantising on the fly, mapped not read, and refused when they are not ours."""
+"""Laws of files of 8-bit weights: the bits of quantising on the fly, mapped not read, refused where they do not fit."""
 
 from __future__ import annotations
 
