@@ -84,6 +84,10 @@ def test_a_file_is_what_quantising_on_the_fly_makes(source, written, name):
     assert bits(ready.state_dict()) == bits(made.state_dict())
     linears = [module for module in ready.modules() if isinstance(module, QuantLinear)]
     assert linears and {linear.recipe for linear in linears} == {RECIPES[name]}
+    for linear in linears:
+        assert linear.weight_transposed is None or torch.equal(
+            linear.weight_transposed.view(torch.uint8), linear.weight.view(torch.uint8).T
+        )
     assert not any(p.requires_grad or p.is_meta for p in ready.parameters())
     assert torch.equal(velocity(ready), velocity(made))
 
