@@ -197,7 +197,7 @@ def int8_matmul(
     return out
 
 
-def _candidates(m: int, device: torch.device) -> list[Tile]:
+def _candidates(m: int, device: torch.device | str) -> list[Tile]:
     """The tiles whose factors fit the shared memory that a program may have on this card."""
     properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks the field
     most = properties.shared_memory_per_block_optin

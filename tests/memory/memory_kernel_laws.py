@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memory.kernels import int8 as int8_kernel
 from memory.kernels.dequantize import dequantize_runs
 from memory.kernels.int8 import int8_matmul
 from memory.kernels.reference import dequantize_runs_reference, int8_matmul_reference, quantize_rows_reference
@@ -75,6 +76,19 @@ def test_both_layouts_give_the_same_bits() -> None:
     a, b, scale_a, scale_b = int8(19, 70), int8(21, 70), normal(19), normal(21)
     forward = int8_matmul(a, b, scale_a, scale_b)
     assert torch.equal(int8_matmul(a, b.T.contiguous(), scale_a, scale_b, layout="nn"), forward)
+
+
+@pytest.mark.parametrize("tile", (*int8_kernel.TILES, *int8_kernel.SHORT_TILES), ids=str)
+def test_every_tile_gives_the_same_bits(tile: int8_kernel.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cuda" and tile not in {*int8_kernel._candidates(1, DEVICE), *int8_kernel._candidates(999, DEVICE)}:
+        pytest.skip("this card has less shared memory than the tile takes")
+    monkeypatch.setattr(int8_kernel, "INTERPRETED_TILE", tile)
+    monkeypatch.setattr(int8_kernel, "_candidates", lambda rows, device: [tile])
+    monkeypatch.setattr(int8_kernel, "_chosen", {})
+    a, b, scale_a, scale_b = int8(261, 150), int8(262, 150), normal(261), normal(262)
+    expected = int8_matmul_reference(a, b, scale_a, scale_b, dtype=torch.float32)
+    for layout, weight in (("tn", b), ("nn", b.T.contiguous())):
+        assert torch.equal(int8_matmul(a, weight, scale_a, scale_b, layout=layout, dtype=torch.float32), expected)
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
@@ -177,7 +191,7 @@ def test_rows_beyond_two_to_the_31_numbers_are_found() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("eight", EIGHT_BITS)
-@pytest.mark.parametrize(("k", "runs"), [(33, 1), (66, 6), (320, 5)])
+@pytest.mark.parametrize(("k", "runs"), [(33, 1), (66, 6), (4200, 5)])  # the last takes two programs a row
 def test_weights_come_back_as_the_reference_says(dtype: torch.dtype, eight: torch.dtype, k: int, runs: int) -> None:
     values = (normal(5, k) * 40).to(eight)
     for scale in (normal(5, runs, dtype=torch.bfloat16), normal(5, runs)):
