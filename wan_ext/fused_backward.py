@@ -54,7 +54,7 @@ class Backward(Forward):
             self.grad_mods = self.x.new_zeros(shape)  # [B, 1|F, 6, D]
         self.wants_mods = wants_mods
         wants_contexts = {"": wants_context, "_img": wants_image}
-        self.grad_contexts = {name: None for name, wanted in wants_contexts.items() if wanted}
+        self.grad_contexts: dict[str, Tensor | None] = {name: None for name, wanted in wants_contexts.items() if wanted}
         self.grad_features = torch.zeros_like(self.features) if wants_features else None
         self.grad_y: Tensor | None = None  # what cameras after self-attention add to the gradients of its input
         self.grad_q: Tensor | None = None  # and of its queries
@@ -215,7 +215,7 @@ class Backward(Forward):
                 self.linears[f"cross_attn.{name}{keys.name}"].backward(keys.context, gradient, 0, needs_x=wanted)
                 for name, gradient in pairs
             ]
-            if wanted:
+            if found[0] is not None and found[1] is not None:
                 self.grad_contexts[keys.name] = found[0] + found[1]
         self.contexts, self.grad_kv = [], []
 
@@ -263,7 +263,7 @@ class Backward(Forward):
         for name, gradient, before, rrms in (
             ("q", of_q, self.q, self.rrms_q), ("k", of_k, self.k, self.rrms_k), ("v", span.of(self.v), None, None)
         ):  # fmt: skip
-            if before is not None:
+            if before is not None and rrms is not None:
                 norm, rows = getattr(attn, f"norm_{name}"), (span.of(before), span.of(rrms))
                 self.add_rms_weight(norm, (gradient, *rows, rope))
                 gradient = self.ops.rms_rope_backward(gradient, *rows, norm.weight, rope)
@@ -348,12 +348,12 @@ class Backward(Forward):
         if norm.weight.requires_grad or norm.bias.requires_grad:
             for parameter, total in zip((norm.weight, norm.bias), norm_modulate_sums(*rows), strict=True):
                 if parameter.requires_grad:  # type: ignore[union-attr]
-                    self.gradients.add(parameter, total.sum((0, 1)))  # type: ignore[arg-type]
+                    self.gradients.add(parameter, total.sum((0, 1)))
 
     def add_rms_weight(self, norm: nn.Module, rows: tuple[Any, ...]) -> None:
         """The gradient of an RMS norm's weight, where it is trained."""
         if norm.weight.requires_grad:
-            self.gradients.add(norm.weight, rms_rope_sum(*rows))  # type: ignore[arg-type]
+            self.gradients.add(norm.weight, rms_rope_sum(*rows))
 
 
 def stand_in_ratio(grad: Tensor, out: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import InputError
 from wan_ext.attention import attention, attention_forward, check_backend_has_backward
@@ -20,6 +20,7 @@ from wan_ext.condition import CameraBranch, add_branch
 from wan_ext.fused_linear import FusedLinear, Gradients
 from wan_ext.fused_ops import ops_for, row_rrms
 from wan_ext.fused_schedule import FFN_TOKENS, BlockSchedule, head_slices
+from wan_ext.norms import RMSNorm
 from wan_ext.token_spans import Span, token_spans
 
 KEY_STEP = 0x2545F4914F6CDD1D
@@ -163,7 +164,7 @@ class Forward:
             for rows, norm in ((self.q, self.self_attn.norm_q), (self.k, self.self_attn.norm_k))
         )
 
-    def turned(self, rows: Tensor, rrms: Tensor, norm: nn.Module, heads: slice, span: Span | None = None) -> Tensor:
+    def turned(self, rows: Tensor, rrms: Tensor, norm: RMSNorm, heads: slice, span: Span | None = None) -> Tensor:
         """Queries or keys of some heads and tokens, normed and turned. -> [b, l, n, d]"""
         span = Span() if span is None else span
         width = rows.shape[-1] // self.num_heads

@@ -37,7 +37,7 @@ class Gradients:
     def __init__(self) -> None:
         self._sums: dict[int, Tensor] = {}
 
-    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Add to a parameter's gradient; `gradient` may be taken over, so it must not be used afterwards."""
         found = self._sums.get(id(parameter))
         if found is None:
@@ -147,7 +147,9 @@ class FusedLinear:
         dropout = layer.lora.dropout if layer.lora.training else 0.0
         if dropout:
             key = self.key + place * 0x632BE59BD9B4E019
-            hidden.mul_(keep_mask(key, first_row, *hidden.shape, dropout, hidden.device)).div_(1 - dropout)
+            hidden.mul_(keep_mask(key, first_row, hidden.shape[0], hidden.shape[1], dropout, hidden.device)).div_(
+                1 - dropout
+            )
         return hidden.mul_(layer.multiplier * layer.lora.scale)
 
 

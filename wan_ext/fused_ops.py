@@ -12,7 +12,7 @@ How: rounding points are those of `wan_ext/dit.py` and `wan_ext/norms.py`: every
 for float64), once rounded where the result is narrower. Operations that need wide intermediates take some rows at a
 time, which on the CPU then stay in its cache.
 
-Cost: beside the result, intermediates of at most 2^21 numbers (the CPU: 2^17 a thread). Backward asks for the input and
+Cost: beside the result, intermediates of at most 2^23 numbers (the CPU: 2^17 a thread). Backward asks for the input and
 one or two float32 numbers a row.
 
 Exact: forward is that of the plain block up to the rounding of a complex product; backward up to summation order.
@@ -268,8 +268,8 @@ def _framed(x: Tensor, frames: int) -> Tensor:
 
 
 def _some_rows(x: Tensor, axis: int) -> Iterator[slice]:
-    """Slices of an axis, so small that intermediates stay in a CPU core's cache, or within 8 MiB elsewhere."""
-    elements = 2**17 * torch.get_num_threads() if x.device.type == "cpu" else 2**21
+    """Slices of an axis, so small that intermediates stay in a CPU core's cache, or within 32 MiB elsewhere."""
+    elements = 2**17 * torch.get_num_threads() if x.device.type == "cpu" else 2**23
     length = x.shape[axis]
     step = max(1, elements * length // max(1, x.numel()))
     for start in range(0, length, step):
