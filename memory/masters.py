@@ -11,8 +11,8 @@ blocks of all experts), from which they go on; the file is read while the block 
 system has dropped are read again. The worker is at most two blocks ahead of the transfers.
 
 Cost: pinned: host memory of the blocks' size; while they are packed, one block more. Mapped: two pinned buffers of the
-largest block, and whatever the system's page cache may use; a second pass of host memory for each transfer (10 GB a
-second on one thread, or the disk's rate where pages are not in memory).
+largest block, and whatever the system's page cache may use; each transfer waits for one thread to copy the block in
+host memory, or for the disk where pages are not in memory.
 
 Exact: bytes are copied. Outside of `bound` every tensor of a block shows its true value on the host, so `state_dict()`,
 saving and merging in place work as always; a change in place is noticed by the tensors' version numbers. What moves or

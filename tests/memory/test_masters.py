@@ -50,7 +50,7 @@ def test_an_error_while_bound_brings_the_host_back(kind: Kind) -> None:
     addresses = [tensor.data_ptr() for tensor in frozen(block)]
     with pytest.raises(KeyboardInterrupt), master.bound(torch.zeros(master.num_bytes, dtype=torch.uint8)):
         raise KeyboardInterrupt
-    with pytest.raises(RuntimeError), master.bound(torch.zeros(100, dtype=torch.uint8)):  # too small
+    with pytest.raises(RuntimeError), master.bound(torch.zeros(master.num_bytes - 1, dtype=torch.uint8)):  # too small
         raise AssertionError("never reached")
     assert content(block) == before and [tensor.data_ptr() for tensor in frozen(block)] == addresses
 

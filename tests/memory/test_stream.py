@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import InputError
+from memory import stream
 from memory.device import CpuDevice, Event
 from memory.masters import HostBlock, Kind, Staging, flat_bytes
 from memory.runners import BlockRunner, run_checkpointed, run_plain, run_with
@@ -426,6 +428,42 @@ def test_the_same_blocks_may_be_streamed_anew_by_another_plan() -> None:
     for seed, (numbers, masters) in enumerate(plans):
         runner = StreamedBlocks(blocks, streamed=numbers, device="cpu", masters=masters)
         assert_same(results(runner, blocks, seed=seed), results(run_checkpointed, plain, seed=seed))
+
+
+def test_a_copy_that_nobody_wants_any_more_does_not_come_after_the_one_that_took_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, gate, written = CpuDevice(), threading.Event(), []
+    wait, fill, copy = stream.wait_for_futures, HostBlock.fill, CpuDevice.copy
+
+    def wait_for_futures(futures: list) -> None:
+        gate.set()
+        wait(futures)
+
+    def fill_late(self: HostBlock, buffer: Tensor) -> None:
+        assert gate.wait(60)
+        fill(self, buffer)
+
+    def note(self: CpuDevice, target: Tensor, source: Tensor, *, after: Event | None) -> Event:
+        written.append((target.data_ptr(), source.data_ptr()))
+        return copy(self, target, source, after=after)
+
+    monkeypatch.setattr(stream, "wait_for_futures", wait_for_futures)
+    monkeypatch.setattr(HostBlock, "fill", fill_late)
+    monkeypatch.setattr(CpuDevice, "copy", note)
+    cpu = torch.device("cpu")
+    mapped = [HostBlock(Block(seed), device, place=cpu, kind="mapped") for seed in range(2)]
+    pinned = [HostBlock(Block(seed), device, place=cpu, kind="pinned") for seed in range(2)]
+    ring = Ring(device, mapped[0].num_bytes)
+    gate.set()
+    with ring.loaded(mapped[0], then=None):
+        gate.clear()
+    with ring.loaded(mapped[0], then=mapped[1]):
+        pass  # the worker waits at the gate
+    with ring.loaded(pinned[0], then=pinned[1]):
+        gate.set()
+    slot = next(target for target, source in written if source == pinned[1].flat.data_ptr())  # type: ignore[union-attr]
+    assert [source == pinned[1].flat.data_ptr() for target, source in written if target == slot] == [False, True]  # type: ignore[union-attr]
 
 
 def test_a_ring_that_is_too_small_is_refused_before_anything_moves() -> None:
