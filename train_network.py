@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,11 +58,23 @@ class Options:
     """Keep the frozen linears of the blocks in 8 bits by this recipe: fp8, int8, int8_rotated, int8_w8a8,
     int8_w8a8_transposed, fp8_w8a8 or fp8_w8a8_transposed (docs/quantization.md). A file of tools/quantize.py brings its
     own recipe."""
+    vram: str | None = None
+    """Device memory to stay within, such as 24GB. A plan is made, printed and kept: which blocks stay on the device,
+    how they compute, what waits in host memory. Default: what is free on the GPU; on a CPU, no plan."""
+    ram: str | None = None
+    """Host memory to stay within, such as 64GB. Default: this machine's."""
+    gpu: str | None = None
+    """Card whose rates the plan reckons with: 3090, 4060ti, 4090, 4090-x8, 5090, h100 or h200.
+    Default: the one here."""
+    on_oom: Literal["stop", "replan"] = "stop"
+    """When device memory runs out all the same: save the state and stop, or go on by the planner's next smaller
+    plan."""
+    blocks_to_swap: int | None = None
+    """Keep this many blocks of each expert in host memory and copy each to the device when it is needed.
+    Default: the plan's choice; without a plan, none."""
     gradient_checkpointing: bool = False
-    """Keep only the blocks' inputs and recompute the rest in backward."""
-    blocks_to_swap: int = 0
-    """Keep this many blocks of each expert in host memory and copy each to the device when it is needed. With it all
-    blocks are recomputed in backward."""
+    """Keep only the blocks' inputs and recompute the rest in backward. Under a plan, and with --blocks_to_swap, this is
+    always so."""
     sdpa: bool = False
     """Attention by torch's scaled_dot_product_attention: the default."""
     flash_attn: bool = False
@@ -165,20 +178,21 @@ from dataset.config import read_dataset_config
 from dataset.prefetch import run_ahead
 from evaluation.filming import FilmingExpert
 from evaluation.validation import CameraValidation
-from memory.runners import BlockRunner, run_checkpointed, run_plain
-from memory.stream import StreamedBlocks, move_all_but, spread
+from memory.plan import GB, next_smaller
+from memory.plan_table import plan_table
 from networks.checkpoint import load_state, save_state
 from networks.files import import_network_module, save_network
-from networks.network import Network
 from networks.optimization import create_optimizer, learning_rate_factor
 from training.held_out import held_out_clips, validate
+from training.memory_plan import plan_of_run
 from training.model import settle_model, trained_experts
-from training.step import TrainedExpert, draw_expert, training_step
+from training.step import TrainedExpert, accumulate_gradients, draw_expert
 from wan_ext import flow
 from wan_ext.configs import Expert, WanVariant
 from wan_ext.dit import WanDiT
 from wan_ext.experts import expert_interval
 from wan_ext.loading import chosen_recipe, load_dit
+from wan_ext.placement import Placement
 from wan_ext.vae import load_vae
 
 SAVE_DTYPES = {"float": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -230,11 +244,40 @@ def main(options: Options) -> None:
     if options.max_train_epochs is not None:
         max_steps = options.max_train_epochs * steps_per_epoch
 
+    # ---- memory: a plan, before anything large is loaded ----------------------------------------------------------
+    plan = None
+    if device.type == "cuda" or options.vram is not None:
+        names = trained_experts(variant, options.experts)
+        plan, note = plan_of_run(
+            variant,
+            training_set.clips,
+            experts=names,
+            checkpoints=[files.dit_high_noise if name == "high" else files.dit for name in names],
+            recipe=options.quantize or ("fp8" if options.fp8_base or options.fp8_scaled else None),
+            network_module=network_module,
+            network_args=network_arguments(options),
+            network_dim=options.network_dim,
+            pose_frame=training_set.pose_frame,
+            bf16=options.mixed_precision == "bf16",
+            optimizer=options.optimizer_type,
+            blocks_to_swap=options.blocks_to_swap,
+            vram=options.vram,
+            ram=options.ram,
+            gpu=options.gpu,
+        )
+        accelerator.print(plan_table(plan) + (f"\n  note: {note}" if note else ""))
+    placement = Placement(
+        device,
+        plan=plan,
+        blocks_to_swap=options.blocks_to_swap or 0,
+        checkpoint=options.gradient_checkpointing,
+    )
+
     # ---- experts: frozen transformer, adapter, optimizer ----------------------------------------------------------
     experts = []
     for name in trained_experts(variant, options.experts):
         path = files.dit_high_noise if name == "high" else files.dit
-        dit = load_base(options, path, variant, device)
+        dit = load_base(options, path, variant, placement.load_device)
         network = network_module.create_network(
             dit,
             variant=variant,
@@ -247,7 +290,8 @@ def main(options: Options) -> None:
             scale_rule=training_set.scale_rule,
             generator=generator_for(options.seed, "network", name),
         )
-        run_blocks = place(options, dit, network, device)
+        network.to(device).train()
+        run_blocks = placement.place(dit)
         groups = network.parameter_groups(options.learning_rate)
         low, high = expert_interval(variant, name)
         experts.append(
@@ -288,7 +332,7 @@ def main(options: Options) -> None:
         accelerator.init_trackers(options.output_name)
     run_metadata = describe_run(options, files, variant, training_set)
 
-    def save(suffix: str, step: int) -> None:
+    def save(suffix: str, step: int, *, with_state: bool = options.save_state) -> None:
         if not accelerator.is_main_process:
             return
         name = options.output_name + suffix
@@ -302,7 +346,7 @@ def main(options: Options) -> None:
                 dtype=SAVE_DTYPES[options.save_precision],
             ):
                 tqdm.write(f"saved {path}")
-        if options.save_state:
+        if with_state:
             folder = options.output_dir / f"{name}-state"
             save_state(
                 folder,
@@ -313,8 +357,23 @@ def main(options: Options) -> None:
             )
             tqdm.write(f"saved {folder}")
 
+    def make_room(step: int) -> None:
+        """Device memory ran out in a step: place everything by a smaller plan, or save and stop."""
+        if plan is None:
+            raise InputError(f"step {step}: device memory ran out; give --vram, and the run is planned to fit")
+        if options.on_oom == "replan":
+            smaller = placement.shrink()
+            needed = f"{smaller.vram_bytes / GB:.1f} GB instead of {plan.vram_bytes / GB:.1f}"
+            tqdm.write(f"step {step}: device memory ran out; the step is done again by a plan of {needed}")
+            return
+        save("-oom", step, with_state=True)
+        state = options.output_dir / f"{options.output_name}-oom-state"
+        smaller = f"--vram {next_smaller(plan).vram_bytes / GB:.2f}GB makes a smaller plan"
+        advice = f"{smaller}, --on_oom replan goes on by itself"
+        raise InputError(f"step {step}: device memory ran out; go on with --resume {state}; {advice}")
+
     if held_out:
-        filming = film_with(options, files, variant, experts, device)
+        filming = film_with(options, files, variant, experts, placement)
         validation = CameraValidation(
             held_out,
             variant=variant,
@@ -352,19 +411,16 @@ def main(options: Options) -> None:
         for group, learning_rate in zip(expert.optimizer.param_groups, expert.learning_rates, strict=True):
             group["lr"] = learning_rate * factor
 
-        mean_loss = 0.0
-        for micro_step in range(options.gradient_accumulation_steps):
-            batch = next(data).to(device)
-            generator = generator_for(options.seed, "noise", step, micro_step, rank)
-            low, high = expert.interval
-            sigma = flow.sample_sigma(len(batch.keys), low=low, high=high, generator=generator, **law)  # [B]
-            noise = torch.randn(batch.latents.shape, generator=generator)
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout draws from the global state
-            dropout = generator_for(options.seed, "camera_dropout", step, micro_step, rank)
-            keep = expert.network.draw_keep(len(batch.keys), dropout)
-            loss = training_step(expert, batch, noise.to(device), sigma.to(device), keep)
-            (loss / options.gradient_accumulation_steps).backward()
-            mean_loss += loss.item() / options.gradient_accumulation_steps
+        batches = [next(data) for _ in range(options.gradient_accumulation_steps)]
+        mean_loss = None
+        while mean_loss is None:
+            with suppress(torch.OutOfMemoryError):  # which goes with all that the step had made until then
+                mean_loss = accumulate_gradients(
+                    expert, batches, seed=options.seed, step=step, rank=rank, law=law, device=device
+                )
+            if mean_loss is None:
+                expert.optimizer.zero_grad(set_to_none=True)
+                make_room(step)
 
         parameters = [parameter for parameter in expert.network.parameters() if parameter.grad is not None]
         if world_size > 1:
@@ -374,18 +430,25 @@ def main(options: Options) -> None:
         if not math.isfinite(grad_norm):
             raise InputError(
                 f"step {step}: expected a finite gradient, found {grad_norm} at loss {mean_loss} (last clips: "
-                f"{', '.join(batch.keys)}); lower --learning_rate, or look at those clips"
+                f"{', '.join(batches[-1].keys)}); lower --learning_rate, or look at those clips"
             )
         expert.optimizer.step()
         expert.optimizer.zero_grad(set_to_none=True)
 
         # ---- what a person sees and keeps -------------------------------------------------------------------------
+        if expert.name not in smooth_loss and placement.plan is not None and device.type == "cuda":
+            measured = torch.cuda.max_memory_allocated(device) / GB
+            tqdm.write(
+                f"memory of tensors: planned {placement.plan.tensor_bytes / GB:.2f} GB, measured {measured:.2f} GB"
+            )
         smooth_loss[expert.name] = 0.98 * smooth_loss.get(expert.name, mean_loss) + 0.02 * mean_loss
         progress.set_postfix({f"loss {name}": f"{value:.4f}" for name, value in sorted(smooth_loss.items())})
         if options.log_with:
             curves = {f"loss/{expert.name}": mean_loss, f"grad_norm/{expert.name}": grad_norm}
             for group in expert.optimizer.param_groups:
                 curves[f"lr/{group['name']}"] = group["lr"]
+            if device.type == "cuda":
+                curves["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / GB
             accelerator.log(curves | {"seconds_per_step": time.perf_counter() - started}, step=step)
         done = step + 1
         if held_out and accelerator.is_main_process:
@@ -429,38 +492,27 @@ def network_arguments(options: Options) -> dict[str, str]:
 
 
 def load_base(options: Options, path: Path, variant: WanVariant, device: torch.device) -> WanDiT:
-    """The frozen transformer of one expert; in host memory when its blocks are to be swapped."""
+    """The frozen transformer of one expert."""
     return load_dit(
         path,
         variant,
         dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
         recipe=chosen_recipe(options.quantize, fp8=options.fp8_base or options.fp8_scaled),
-        device=torch.device("cpu") if options.blocks_to_swap else device,
+        device=device,
         attention_backend="flash" if options.flash_attn else "sdpa",
     )
 
 
-def place(options: Options, dit: WanDiT, network: Network | None, device: torch.device) -> BlockRunner:
-    """Put model and network where they train, and say how the blocks run."""
-    if network is not None:
-        network.to(device).train()
-    if not options.blocks_to_swap:
-        dit.to(device)
-        return run_checkpointed if options.gradient_checkpointing else run_plain
-    run_blocks = StreamedBlocks(dit.blocks, streamed=spread(len(dit.blocks), options.blocks_to_swap), device=device)
-    move_all_but(dit, dit.blocks, device)
-    return run_blocks
-
-
 def film_with(
-    options: Options, files: ModelFiles, variant: WanVariant, experts: list[TrainedExpert], device: torch.device
+    options: Options, files: ModelFiles, variant: WanVariant, experts: list[TrainedExpert], placement: Placement
 ) -> dict[Expert, FilmingExpert]:
     """Every expert of the task as validation films with it: one that is not trained runs as the base does."""
     filming = {e.name: FilmingExpert(dit=e.dit, network=e.network, run_blocks=e.run_blocks) for e in experts}
     for name in variant.experts:
         if name not in filming:
-            dit = load_base(options, files.dit_high_noise if name == "high" else files.dit, variant, device)
-            filming[name] = FilmingExpert(dit=dit, run_blocks=place(options, dit.requires_grad_(False), None, device))
+            path = files.dit_high_noise if name == "high" else files.dit
+            dit = load_base(options, path, variant, placement.load_device).requires_grad_(False)
+            filming[name] = FilmingExpert(dit=dit, run_blocks=placement.place(dit))
     return filming
 
 

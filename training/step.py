@@ -1,9 +1,10 @@
-"""One step: whose it is, and its loss."""
+"""One step: whose it is, its loss, its gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,3 +75,42 @@ def training_step(
     )  # [B, C, F, H, W]
     target = flow.velocity_target(batch.latents, noise)
     return F.mse_loss(velocity[:, :, known:], target[:, :, known:])
+
+
+def accumulate_gradients(
+    expert: TrainedExpert,
+    batches: Sequence[Batch],
+    *,
+    seed: int,
+    step: int,
+    rank: int,
+    law: Mapping[str, Any],
+    device: torch.device,
+) -> float:
+    """Leave the gradients of one optimizer step in the network's parameters.
+
+    Args:
+        expert: whose step it is.
+        batches: as many as gradients are accumulated over.
+        seed: of the run.
+        step: number of the step; with seed, rank and the batch's place it decides everything random.
+        rank: this process.
+        law: of sigma, as `flow.sample_sigma` takes it.
+        device: of the expert.
+
+    Returns:
+        The mean loss.
+    """
+    mean_loss = 0.0
+    low, high = expert.interval
+    for place, batch in enumerate(batches):
+        batch = batch.to(device)
+        generator = generator_for(seed, "noise", step, place, rank)
+        sigma = flow.sample_sigma(len(batch.keys), low=low, high=high, generator=generator, **law)  # [B]
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout draws from the global state
+        keep = expert.network.draw_keep(len(batch.keys), generator_for(seed, "camera_dropout", step, place, rank))
+        loss = training_step(expert, batch, noise.to(device), sigma.to(device), keep)
+        (loss / len(batches)).backward()
+        mean_loss += loss.item() / len(batches)
+    return mean_loss

@@ -1,12 +1,14 @@
 """Training as laws: resumed equals uninterrupted, swapped equals resident, both experts learn, files say it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from core.errors import InputError
 from core.files import read_safetensors
+from wan_ext.dit import WanDiT
 
 HIGH, LOW = "net_high_noise.safetensors", "net_low_noise.safetensors"
 
@@ -64,7 +66,7 @@ def test_swapped_equals_resident(world):
 
 
 def test_swapped_equals_resident_in_8_bits_and_bf16(world):
-    options = {"fp8_scaled": True, "mixed_precision": "bf16", "max_train_steps": 3}
+    options = {"fp8_scaled": True, "mixed_precision": "bf16", "max_train_steps": 3, "gradient_checkpointing": True}
     resident = world.train("resident", **options)
     swapped = world.train("swapped", **options, blocks_to_swap=4)
     assert_same(weights_of(resident), weights_of(swapped))
@@ -76,6 +78,62 @@ def test_swapped_equals_resident_in_8_bits_and_bf16(world):
         )
         > 0.8
     )
+
+
+PLANNED = {"vram": "4GB", "ram": "16GB", "gpu": "4090"}
+
+
+def test_a_plan_is_printed_and_changes_no_result(world, capsys):
+    by_hand = world.train("by_hand", gradient_checkpointing=True)
+    planned = world.train("planned", **PLANNED)
+    assert "device memory at the worst moment" in capsys.readouterr().out
+    for name, weight in weights_of(by_hand).items():
+        torch.testing.assert_close(weights_of(planned)[name], weight, atol=1e-4, rtol=1e-2)
+
+
+def test_a_plan_that_cannot_be_says_what_would_do(world):
+    with pytest.raises(InputError, match=r"expected at least \d.* of device memory"):
+        world.train("planned", **PLANNED | {"vram": "0.5GB"})
+    with pytest.raises(InputError, match="--vram: expected a size such as 24GB"):
+        world.train("planned", **PLANNED | {"vram": "24"})
+    with pytest.raises(InputError, match="at most the .* of a 4090"):
+        world.train("planned", **PLANNED | {"vram": "30GB"})
+
+
+def out_of_memory_once(monkeypatch, at_call: int) -> None:
+    """Let one pass of the transformer find no memory, as a device would say it."""
+    calls = []
+
+    def forward(*given, **names):
+        calls.append(1)
+        if len(calls) == at_call:
+            raise torch.OutOfMemoryError("no memory left")
+        return plain(*given, **names)
+
+    plain = WanDiT.forward
+    monkeypatch.setattr(WanDiT, "forward", forward)
+
+
+def test_running_out_of_memory_replans_and_repeats_the_step(world, monkeypatch, capsys):
+    whole = world.train("whole", **PLANNED)
+    out_of_memory_once(monkeypatch, at_call=3)
+    replanned = world.train("replanned", **PLANNED, on_oom="replan")
+    for name, weight in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(replanned)[name], weight, atol=1e-4, rtol=1e-2)
+    assert "step 2: device memory ran out; the step is done again" in "".join(capsys.readouterr())
+
+
+def test_running_out_of_memory_saves_what_a_resumed_run_needs(world, monkeypatch):
+    whole = world.train("whole", **PLANNED)
+    with monkeypatch.context() as once:
+        out_of_memory_once(once, at_call=3)
+        with pytest.raises(
+            InputError, match=r"step 2: device memory ran out; go on with --resume .*; --vram .*GB"
+        ) as stop:
+            world.train("stopped", **PLANNED)
+    state = Path(str(stop.value).split("--resume ")[1].split(";")[0])
+    resumed = world.train("stopped", **PLANNED, resume=state)
+    assert_same(weights_of(whole), weights_of(resumed))
 
 
 def test_one_expert_alone_trains_only_that_one(world):
@@ -131,8 +189,6 @@ def test_tensorboard_gets_the_curves(world):
     ],
 )
 def test_what_cannot_train_is_named(world, options, named):
-    from pathlib import Path
-
     options = {key: Path(value) if key == "resume" else value for key, value in options.items()}
     with pytest.raises(InputError, match=named):
         world.train("bad", **options)
