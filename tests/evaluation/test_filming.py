@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from evaluation.filming import Cameras, FilmingExpert, Sampling, decode_frames, evaluating, film_paths
+from memory.runners import run_plain
 from networks import lora_camera
 from networks.guided import Conditions
 from scenes.motion import film
@@ -111,6 +112,39 @@ def test_path_seed_and_both_experts_count_and_a_base_is_deaf():
         shoot(variant, experts, cameras_of(0), conditions, (7, 8))
     with pytest.raises(ValueError, match="high"):
         shoot(variant, {"low": experts["low"]}, cameras_of(0), conditions, (7,))
+
+
+def test_each_expert_has_its_own_guidance():
+    """One step is at the highest noise, where only the high-noise expert is asked."""
+    variant = small_variant()
+    experts, conditions = small_experts(variant), conditions_of()
+    one = replace(FAST, steps=1)
+    video = shoot(variant, experts, cameras_of(0), conditions, (7,), one)
+    for scale, heard in (("guidance_scale", False), ("guidance_scale_high_noise", True)):
+        other = shoot(variant, experts, cameras_of(0), conditions, (7,), replace(one, **{scale: 1.5}))
+        assert torch.equal(other, video) is not heard
+
+
+def test_solver_runner_and_listener_are_those_that_are_given():
+    variant = small_variant()
+    experts, conditions = small_experts(variant), conditions_of()
+    blocks, steps = [], []
+
+    def counted(layers, *arguments):
+        blocks.append(len(layers))
+        return run_plain(layers, *arguments)
+
+    def listen(step, latents):
+        steps.append((step, latents.clone()))
+
+    counting = {name: replace(expert, run_blocks=counted) for name, expert in experts.items()}
+    arguments = {"variant": variant, "cameras": cameras_of(0), "conditions": conditions, "seeds": (7,)}
+    three = replace(FAST, steps=3)
+    video = film_paths(counting, sampling=three, on_step=listen, **arguments)
+    assert len(blocks) == 3 * 2  # with and without text
+    assert [step for step, _ in steps] == [1, 2, 3] and torch.equal(steps[-1][1], video)
+    euler = film_paths(experts, sampling=replace(three, solver="euler"), **arguments)
+    assert not torch.allclose(euler, video, atol=1e-4)
 
 
 def test_modes_gradients_and_the_global_random_state_stay():
