@@ -399,15 +399,15 @@ class _Watch(TorchDispatchMode):
         """PyTorch would load its compiler, which takes seconds, in order to keep it out of here."""
         return False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        result = func(*args, **given)
+    def __torch_dispatch__(self, func: Any, types: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
+        named = named or {}
+        result = func(*given, **named)
         if _is_view(func):
             return result
         reads: list[Tensor] = []
         writes: list[Tensor] = []
         for number, argument in enumerate(func._schema.arguments):
-            value = args[number] if number < len(args) else given.get(argument.name)
+            value = given[number] if number < len(given) else named.get(argument.name)
             tensors = [value] if isinstance(value, Tensor) else value if isinstance(value, list | tuple) else []
             written = argument.alias_info is not None and argument.alias_info.is_write
             (writes if written else reads).extend(tensor for tensor in tensors if isinstance(tensor, Tensor))
