@@ -112,8 +112,17 @@ class Options:
     """Keep the linears of the blocks in 8 bits by this recipe: fp8, int8, int8_rotated, int8_w8a8,
     int8_w8a8_transposed, fp8_w8a8 or fp8_w8a8_transposed (docs/quantization.md). A file of tools/quantize.py brings its
     own recipe."""
-    blocks_to_swap: int = 0
-    """Keep this many blocks in host memory and copy each to the device when it is needed."""
+    vram: str | None = None
+    """Device memory to stay within, such as 12GB. A plan is made, printed and kept: which blocks stay on the device and
+    how they compute. Default: what is free on the GPU; on a CPU, no plan."""
+    ram: str | None = None
+    """Host memory to stay within, such as 64GB. Default: this machine's."""
+    gpu: str | None = None
+    """Card whose rates the plan reckons with: 3090, 4060ti, 4090, 4090-x8, 5090, h100 or h200.
+    Default: the one here."""
+    blocks_to_swap: int | None = None
+    """Keep this many blocks in host memory and copy each to the device when it is needed.
+    Default: the plan's choice; without a plan, none."""
     fp8_t5: bool = False
     """Keep the text encoder's linears in 8 bits."""
     t5_cpu: bool = False
@@ -143,10 +152,12 @@ from dataset.config import read_dataset_config
 from dataset.results import write_results
 from dataset.video import read_image
 from evaluation.filming import decode_frames
+from memory.card import find_card
+from memory.machine import host_bytes, parse_bytes
+from memory.plan import MemoryPlan
+from memory.plan_table import plan_table
 from memory.quant import RECIPES
-from memory.runners import BlockRunner, run_plain
-from memory.stream import StreamedBlocks, move_all_but, spread
-from networks.files import load_network, read_network_file
+from networks.files import load_network, network_rank, read_network_file
 from networks.guided import Conditions, GuidedExpert
 from networks.mechanisms.adapter import WAN_FUN_CONVENTIONS, RaysEncoder
 from networks.mixture import sample_latents
@@ -156,6 +167,8 @@ from wan_ext.condition import encode_first_frame, no_first_frame
 from wan_ext.configs import Expert, WanVariant, get_variant
 from wan_ext.image_encoder import load_image_encoder
 from wan_ext.loading import chosen_recipe, load_dit
+from wan_ext.placement import Placement, stored_recipe
+from wan_ext.planning import plan_generation
 from wan_ext.text_encoder import load_text_encoder
 from wan_ext.vae import load_vae
 
@@ -219,8 +232,19 @@ def main(options: Options) -> None:
     )
 
     # ---- from noise to video --------------------------------------------------------------------------------------
+    placement, keep = place_experts(options, files, variant, settings, padded_frames, device)
+    loaded: dict[Expert, GuidedExpert] = {}
+
+    def expert(name: Expert) -> GuidedExpert:
+        if name not in loaded:
+            if not keep:
+                loaded.clear()  # the other expert's memory is free before this one comes
+                placement.forget()
+            loaded[name] = load_expert(options, files, variant, name, settings, conditions, camera, placement)
+        return loaded[name]
+
     latents = sample_latents(
-        lambda name: load_expert(options, files, variant, name, settings, conditions, camera, device),
+        expert,
         variant=variant,
         settings=settings,
         num_frames=padded_frames,
@@ -302,6 +326,46 @@ def encode_text(
     return prompt[None].to(device), negative[None].to(device)
 
 
+def place_experts(
+    options: Options, files: ModelFiles, variant: WanVariant, settings: Settings, num_frames: int, device: torch.device
+) -> tuple[Placement, bool]:
+    """Where experts run, by a plan that is printed; and whether one stays in memory while the other one runs."""
+    swap = options.blocks_to_swap
+    if device.type != "cuda" and options.vram is None:
+        return Placement(device, blocks_to_swap=swap or 0), False
+    card = find_card(vram=options.vram, gpu=options.gpu)
+    checkpoints = [files.dit_high_noise if name == "high" else files.dit for name in variant.experts]
+    recipe, from_file = stored_recipe(checkpoints, options.quantize or ("fp8" if options.fp8_scaled else None))
+    ram_bytes = host_bytes() if options.ram is None else parse_bytes(options.ram, "--ram")
+    ranks = [network_rank(file) for file in options.network_weights]
+    rank = max(sum(rank for expert, rank in ranks if expert in (None, name)) for name in variant.experts)
+
+    def plan(at_once: int) -> MemoryPlan:
+        return plan_generation(
+            variant,
+            frames=num_frames,
+            height=settings.height,
+            width=settings.width,
+            recipe=recipe,
+            vram_bytes=card.vram_bytes,
+            ram_bytes=ram_bytes,
+            rates=card.rates,
+            rank=rank,
+            bf16=options.mixed_precision == "bf16",
+            from_file=from_file,
+            blocks_to_swap=swap,
+            experts_at_once=at_once,
+        )
+
+    try:
+        found, keep = plan(len(variant.experts)), True
+    except InputError:
+        found, keep = plan(1), False
+        print("note: memory holds one expert at a time; the second is loaded when the first is done")
+    print(plan_table(found) + (f"\n  note: {card.note}" if card.note else ""))
+    return Placement(device, plan=found), keep
+
+
 def load_expert(
     options: Options,
     files: ModelFiles,
@@ -310,15 +374,16 @@ def load_expert(
     settings: Settings,
     conditions: Conditions,
     path: CameraPath | None,
-    device: torch.device,
+    placement: Placement,
 ) -> GuidedExpert:
     """One expert with its adapters, its camera encoded, ready to run."""
+    device = placement.device
     dit = load_dit(
         files.dit_high_noise if name == "high" else files.dit,
         variant,
         dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
         recipe=chosen_recipe(options.quantize, fp8=options.fp8_scaled),
-        device=torch.device("cpu") if options.blocks_to_swap else device,
+        device=placement.load_device,
         attention_backend=options.attn_mode,
     )
     camera, networks = None, []
@@ -335,17 +400,13 @@ def load_expert(
         camera = RaysEncoder(variant)(c2w, K, settings.height, settings.width)
     if options.network_weights and not networks:
         tqdm.write(f"note: no file of --network_weights is for the {name}-noise expert, which runs as it is")
-    run_blocks: BlockRunner = run_plain
-    if options.blocks_to_swap:
-        run_blocks = StreamedBlocks(dit.blocks, streamed=spread(len(dit.blocks), options.blocks_to_swap), device=device)
-        move_all_but(dit, dit.blocks, device)
     return GuidedExpert(
         dit=dit.eval(),
         conditions=conditions,
         guidance_scale=settings.guidance_scale_high_noise if name == "high" else settings.guidance_scale,
         camera=camera,
         camera_guidance=settings.camera_guidance,
-        run_blocks=run_blocks,
+        run_blocks=placement.place(dit),
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, nearest
-from core.files import read_safetensors, read_safetensors_metadata, save_safetensors
+from core.files import read_safetensors, read_safetensors_header, read_safetensors_metadata, save_safetensors
 from networks import lora
 from networks.network import Network
 from wan_ext.configs import Expert, WanVariant, get_variant
@@ -91,6 +91,14 @@ def read_network_file(path: Path) -> dict[str, str]:
             f"that file, which names this one"
         )
     return metadata
+
+
+def network_rank(path: Path) -> tuple[Expert | None, int]:
+    """The expert that a LoRA file is for (None: any), and its largest rank, from its header alone."""
+    metadata = read_network_file(path)
+    tensors, _ = read_safetensors_header(path)
+    ranks = [shape[0] for name, (_, shape) in tensors.items() if name.endswith(("lora_A.weight", "lora_down.weight"))]
+    return metadata.get("expert"), max(ranks, default=0)  # type: ignore[return-value]  # one of two words
 
 
 def load_network(

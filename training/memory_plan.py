@@ -8,16 +8,14 @@ from types import ModuleType
 
 import torch
 
-from core.errors import InputError
 from dataset.clips import Clip
 from memory.card import find_card
 from memory.machine import host_bytes, parse_bytes
 from memory.plan import MemoryPlan
-from wan_ext.checkpoint_files import open_checkpoint
 from wan_ext.configs import Expert, WanVariant
 from wan_ext.dit import WanDiT
+from wan_ext.placement import stored_recipe
 from wan_ext.planning import plan_training
-from wan_ext.quantized_files import quantized_file, recipe_name
 from wan_ext.workload import tokens_of
 
 
@@ -61,9 +59,7 @@ def plan_of_run(
     Raises:
         InputError: nothing fits, or sizes that are none.
     """
-    files = [quantized_file(open_checkpoint(path), model="dit") for path in checkpoints]
-    if any(files) and not all(files):
-        raise InputError("--dit --dit_high_noise: expected both experts in 8-bit files or none, found one of each kind")
+    recipe, from_file = stored_recipe(checkpoints, recipe)
     largest = max(clips, key=lambda clip: clip.batch_size * _tokens(variant, clip))
     card = find_card(vram=vram, gpu=gpu)
     trained = trained_parameters(variant, network_module, network_args, network_dim, pose_frame)
@@ -75,7 +71,7 @@ def plan_of_run(
         batch_size=largest.batch_size,
         rank=network_dim,
         experts=experts,
-        recipe=recipe_name(files[0].recipe) if files[0] else recipe,
+        recipe=recipe,
         vram_bytes=card.vram_bytes,
         ram_bytes=host_bytes() if ram is None else parse_bytes(ram, "--ram"),
         rates=card.rates,
@@ -83,7 +79,7 @@ def plan_of_run(
         optimizer=optimizer,
         trained_parameters=trained,
         camera_bytes=_camera_bytes(variant, network_module, largest),
-        from_file=all(files),
+        from_file=from_file,
         blocks_to_swap=blocks_to_swap,
     )
     return plan, card.note

@@ -13,18 +13,22 @@ Exact: schedules differ in summation order, streaming in nothing (memory/stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from core.errors import InputError
 from memory.device import device_for
 from memory.plan import MemoryPlan, next_smaller
 from memory.runners import BlockRunner, run_plain, run_with
 from memory.store import HostStore
 from memory.stream import Ring, StreamedBlocks, move_all_but, ring_bytes, spread
+from wan_ext.checkpoint_files import open_checkpoint
 from wan_ext.dit import WanDiT
 from wan_ext.fused_block import BlockSchedule, FusedBlockMaths
+from wan_ext.quantized_files import quantized_file, recipe_name
 
 
 class PlacedBlocks:
@@ -86,6 +90,10 @@ class Placement:
         self._placed.append(placed)
         return placed
 
+    def forget(self) -> None:
+        """Let go of what was placed: nothing here keeps its memory from being freed."""
+        self._placed.clear()
+
     def shrink(self) -> MemoryPlan:
         """Place everything by the next smaller plan.
 
@@ -140,3 +148,19 @@ class Placement:
         )
         move_all_but(dit, dit.blocks, self.device)
         return runner
+
+
+def stored_recipe(checkpoints: Sequence[Path], recipe: str | None) -> tuple[str | None, bool]:
+    """How the blocks' linears of a run are kept, and whether they can be streamed from their files.
+
+    Args:
+        checkpoints: of the experts; a file of 8-bit weights brings its recipe.
+        recipe: of other checkpoints, a name of `memory.quant.RECIPES`; None: not quantised.
+
+    Raises:
+        InputError: some of the experts are in 8-bit files and others are not; a damaged file.
+    """
+    files = [quantized_file(open_checkpoint(path), model="dit") for path in checkpoints]
+    if any(files) and not all(files):
+        raise InputError("--dit --dit_high_noise: expected both experts in 8-bit files or none, found one of each kind")
+    return (recipe_name(files[0].recipe), True) if files[0] else (recipe, False)

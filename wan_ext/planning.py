@@ -113,10 +113,12 @@ def plan_generation(
     from_file: bool = False,
     blocks_to_swap: int | None = None,
     fused: bool = True,
+    experts_at_once: int | None = None,
 ) -> MemoryPlan:
     """The plan of one forward pass while a video is sampled, with all experts of the task at hand.
 
-    The arguments are those of `plan_training`; rank is that of a LoRA that is not merged.
+    The arguments are those of `plan_training`; rank is that of a LoRA that is not merged, `experts_at_once` how many
+    experts are in memory together (None: all of the task).
 
     Raises:
         InputError: a size that no clip has, or nothing fits.
@@ -136,7 +138,7 @@ def plan_generation(
         return make_plan(costs, limits=limits, rates=rates)
 
     _require_blocks(blocks_to_swap, variant)
-    given = (frames, height, width, 1, rank, len(variant.experts))
+    given = (frames, height, width, 1, rank, experts_at_once or len(variant.experts))
     changes = (change for change in _changes(*given) if change[0].startswith("--frames"))
     return _with_advice(plan, given, changes, recipe)
 

@@ -30,7 +30,6 @@ from wan_ext.configs import VAEConfig
 from wan_ext.key_maps import vae_native_name
 from wan_ext.whole_vae import WholeClip
 
-
 WHOLE_CLIP_BYTES = 2**30
 """Clips whose activations stay below this are run at once, which is up to ten times faster on a CPU; larger ones in
 chunks. The numbers are the same to 1e-5 (wan_ext/whole_vae.py)."""

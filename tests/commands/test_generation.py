@@ -81,6 +81,19 @@ def test_swapped_and_resident_give_the_same_video(trained_once, tmp_path, path_f
     assert torch.equal(resident, swapped)
 
 
+@pytest.mark.parametrize("limits", [{}, {"ram": "4.03GB", "blocks_to_swap": 6}], ids=["roomy", "one_expert_at_a_time"])
+def test_a_plan_is_printed_and_changes_no_picture(trained_once, tmp_path, path_file, capsys, limits):
+    plain = pictures_with(trained_once, tmp_path / "plain", camera_params=path_file(9))
+    capsys.readouterr()
+    given = {"vram": "4GB", "ram": "16GB", "gpu": "4090"} | limits
+    planned = pictures_with(trained_once, tmp_path / "planned", camera_params=path_file(9), **given)
+    said = capsys.readouterr().out
+    assert "device memory at the worst moment" in said and ("one expert at a time" in said) == bool(limits)
+    assert (planned.int() - plain.int()).abs().max() <= 1  # sums in another order, at the edge of a level
+    with pytest.raises(InputError, match=r"expected at least .* of device memory"):
+        pictures_with(trained_once, tmp_path / "none", camera_params=path_file(9), **given | {"vram": "0.5GB"})
+
+
 def test_frames_by_pattern_are_the_frames_of_the_video(trained_once, tmp_path, path_file):
     video = film_with(trained_once, tmp_path / "a.mp4", camera_params=path_file(9))
     generate.main(options_for(trained_once, tmp_path / "frames/%03d.png", camera_params=path_file(9)))
