@@ -1,7 +1,7 @@
 """What a model costs, in the words in which a plan is made: bytes, operations and seconds of a block, of all of it.
 
-What: `Schedule` is how a block computes, `Work` what that takes, `BlockCosts` one block under one schedule, `ModelCosts`
-a step of a whole model. `memory.plan` chooses by them; whoever knows a model fills them in (`wan_ext.costs` for Wan).
+What: `Schedule` is how a block computes, `Work` what that takes, `BlockCosts` one block under one schedule, and
+`ModelCosts` a step of a whole model. `memory.plan` chooses by them; who knows a model fills them in (`wan_ext.costs`).
 
 Cost: none. Exact: `Work.seconds` is an estimate, a sum of each kind of work at its own rate.
 """

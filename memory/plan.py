@@ -73,6 +73,8 @@ class MemoryPlan:
     """Peak device memory by part."""
     host_bytes: dict[str, int]
     """Host memory by part."""
+    stored_bytes: int
+    """Of one block that wait in host memory."""
     h2d_bytes: int
     """To the device in a step."""
     d2h_bytes: int
@@ -261,6 +263,7 @@ def _priced(
         masters=masters,
         device_bytes={name: count for name, count in device.items() if count},
         host_bytes={name: count for name, count in host.items() if count},
+        stored_bytes=stored if store == "host" else 0,
         h2d_bytes=loads * costs.block_bytes + moved,
         d2h_bytes=moved,
         compute_seconds=n * (forward + backward) + costs.outside.seconds(rates, "bf16") + rounding,

@@ -3,8 +3,9 @@
 What: for each moment that can be the worst one, the tensors that live at it; the peak is the largest sum. The moments
 follow the code of `wan_ext/dit.py` (run again in backward by autograd) and of `wan_ext/fused_block.py`.
 
-Exact: within 5 % of what the tracer (`memory/trace.py`) counts in that code, which tests hold both to; the terms left
-out are gradients of adapters and what a kernel's intermediates take. A camera mechanism's branches inside the blocks are not counted.
+Exact: within 5 % of what the tracer (`memory/trace.py`) counts in that code, which tests hold both to; what is left
+out is small: intermediates of element-wise operations, adapters in the dtype of the activations. A camera mechanism's
+branches inside the blocks are not counted.
 
 Shapes: B clips, L tokens of a clip, D width, F width of the feed-forward, N heads, r rank.
 """
@@ -16,6 +17,10 @@ from dataclasses import dataclass
 from memory.costs import Schedule
 from wan_ext.fused_schedule import FFN_TOKENS, head_slices
 from wan_ext.workload import FLOAT32, Workload, context_tokens, lora_parameters
+
+
+INTERMEDIATES = 3 * FLOAT32 * 2**21
+"""What an element-wise operation of plain PyTorch needs for itself; a Triton kernel needs nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +105,8 @@ def fused_forward_bytes(work: Workload, schedule: Schedule) -> int:
     held = u.wide + u.row + 3 * u.context  # the result, attention's output, keys and values of the text
     image = 0 if work.config.image_dim is None else 2 * c.row + c.log_sum  # attention to it, the sum of both
     crossing = held + 5 * c.row + image + c.log_sum + u.square  # branches, queries before and after their norm, out
-    feed_forward = held + max(2 * f.hidden, f.hidden + f.row + u.weight)
+    rotated = f.hidden if work.recipe is not None and work.recipe.rotate and u.weight else 0
+    feed_forward = held + max(2 * f.hidden, f.hidden + rotated + f.row + u.weight)
     return int(u.log_sum + 2 * u.per_token + max(attention, crossing, feed_forward))
 
 
@@ -127,16 +133,15 @@ def fused_backward_bytes(work: Workload, schedule: Schedule) -> int:
     # Step 3: q, k, v, dO; the gradients of the queries that are done; of the heads at work: q, k, o, dq, dk, dv and the
     # kernel's sum in float32.
     held = 4 * u.row + 2 * u.per_token + (0 if keeps else u.log_sum)
-    if not in_groups:
-        step3 = held + (7 if keeps else 8) * u.row + u.log_sum
-    else:
-        step3, done = 0.0, 0.0
-        for share in _head_shares(work, schedule):
-            step3 = max(step3, held + (done + (7 if keeps else 8) * share) * u.row + 2 * share * u.log_sum)
-            done += share
+    done = step3 = 0.0
+    for share in _head_shares(work, schedule):
+        step3 = max(step3, held + (done + (7 if keeps else 8) * share) * u.row + 2 * share * u.log_sum)
+        done += share
 
     # Step 4: q and k before their norms, gradients of q, k, v; norm1's rows, gradients on their way through.
-    step4 = 5 * u.row + 2 * u.per_token + (5 if in_groups else 4) * c.row + u.square
+    step4 = (
+        5 * u.row + 2 * u.per_token + (5 if in_groups else 4) * c.row + max(u.square, min(3 * c.wide, INTERMEDIATES))
+    )
     return int(u.wide + max(step2, of_adapters + step3, of_adapters + step4))
 
 
@@ -144,7 +149,10 @@ def _step2_bytes(work: Workload, c: Units, f: Units) -> int:
     """Of a chunk c of the tokens, whose feed-forward takes f at a time: there, or in cross-attention's backward."""
     image = 0 if work.config.image_dim is None else 2 * c.row + c.log_sum
     crossed = c.wide + 3 * c.row + image + c.log_sum  # the stream, self-attention's branch, queries, the output
-    feed_forward = crossed + (3 if f.row < c.row else 2) * f.row + 3 * f.hidden + c.weight
+    product = 3 * f.hidden + c.weight  # before GELU, after, the gradient
+    if work.recipe is not None and work.recipe.rotate:  # the gradient a second time, rotated back
+        product = max(product, 4 * f.hidden + (f.row // work.element if work.recipe.compute == "w8a8" else 0))
+    feed_forward = crossed + (3 if f.row < c.row else 2) * f.row + product
     return max(feed_forward, 8 * c.row + image + 2 * c.log_sum + c.square)
 
 

@@ -181,8 +181,8 @@ def training_costs(
         input_bytes=input_bytes(work) + more_bytes,
         checkpoint_bytes=u.wide,
         checkpoint_eight_bit_bytes=_rounded_bytes(work, work.config.dim),
-        # The head's input and normalised rows, the gradient of its input and two terms of the norm's gradient.
-        outside_activation_bytes=5 * u.wide,
+        # The head's normalised rows, the gradient of its input, and two terms of the norm's gradient.
+        outside_activation_bytes=4 * u.wide,
         outside=Work(traffic=40 * u.wide + 24.0 * count),
         blocks=tuple(choice) if fused else (plain_costs(work, trains=True),),
         advice=ADVICE,
@@ -206,7 +206,7 @@ def generation_costs(
         trained_bytes={"weights": FLOAT32 * num_models * lora_parameters(work)} if work.rank else {},
         input_bytes=input_bytes(work) + more_bytes,
         checkpoint_bytes=u.wide,
-        outside_activation_bytes=2 * u.wide,
+        outside_activation_bytes=3 * u.wide,
         outside=Work(traffic=20 * u.wide),
         blocks=tuple(choice) if fused else (plain_costs(work, trains=False),),
         advice=ADVICE,
