@@ -233,6 +233,15 @@ def test_a_model_trains_and_samples_with_it(schedule):
     assert torch.equal(results[1][0], results[1][1])
 
 
+def test_the_gradient_that_is_handed_in_stays_as_it_is():
+    dit, inputs = lora_dit(torch.float64), block_inputs(torch.float64)
+    x, grad = inputs[0].requires_grad_(), draw(CLIPS, TOKENS, SMALL.dim, seed=9)
+    copy = grad.clone()
+    output = run_with(FusedBlockMaths())(dit.blocks, x, *inputs[1:])
+    (found,) = torch.autograd.grad(output, x, grad)
+    assert torch.equal(grad, copy) and not torch.equal(found, copy)
+
+
 @pytest.mark.parametrize(("heads", "groups"), [(40, 4), (40, 1), (12, 5), (40, 40), (4, 3)])
 def test_head_groups_shrink_and_cover_every_head_once(heads, groups):
     found = head_slices(heads, groups)
