@@ -81,7 +81,7 @@ def test_swapped_and_resident_give_the_same_video(trained_once, tmp_path, path_f
     assert torch.equal(resident, swapped)
 
 
-@pytest.mark.parametrize("limits", [{}, {"ram": "4.03GB", "blocks_to_swap": 6}], ids=["roomy", "one_expert_at_a_time"])
+@pytest.mark.parametrize("limits", [{}, {"ram": "4.02GB", "blocks_to_swap": 6}], ids=["roomy", "one_expert_at_a_time"])
 def test_a_plan_is_printed_and_changes_no_picture(trained_once, tmp_path, path_file, capsys, limits):
     plain = pictures_with(trained_once, tmp_path / "plain", camera_params=path_file(9))
     capsys.readouterr()
