@@ -10,9 +10,9 @@ what is quantised is the rotated weight (`memory.quant.rotation`).
 
 Cost: 1 + 2/64 bytes a weight, or 1 + 4/in. Quantising holds float32 copies of a few rows at a time.
 
-Exact: relative error of a Gaussian weight 2.5 % in e4m3 (its 3-bit mantissa), 0.6 % in int8 with 64 inputs a scale and
-0.8 to 0.9 % with a row a scale, which a rotation keeps where a row has outliers (`docs/quantization.md`). Zero runs stay
-zero. Quantising what was dequantised gives the same values.
+Exact: relative error of a Gaussian weight 2.5 % in e4m3 (its 3-bit mantissa), 0.6 % in int8 with 64 inputs a scale,
+0.8 to 0.9 % with a row a scale, which a rotation keeps where a row has outliers (`docs/quantization.md`). Zero runs
+stay zero. Quantising what was dequantised gives the same values.
 """
 
 from typing import NamedTuple
