@@ -133,14 +133,14 @@ class Tracer(TorchDispatchMode):
         super().__exit__(*exception)
         _ACTIVE.remove(self)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for leaf in tree_leaves((args, kwargs)):
+    def __torch_dispatch__(self, func, types, given=(), named=None):
+        for leaf in tree_leaves((given, named)):
             self._see(leaf, counts=False)  # what nobody named, so that its views do not count either
-        result = func(*args, **(kwargs or {}))
+        result = func(*given, **(named or {}))
         for leaf in tree_leaves(result):
             self._see(leaf)
-        watched = args and isinstance(args[0], Tensor) and args[0].device.type == self.device_type
-        self._note(str(func), inner_bytes(func, args) if watched else 0)
+        watched = given and isinstance(given[0], Tensor) and given[0].device.type == self.device_type
+        self._note(str(func), inner_bytes(func, given) if watched else 0)
         return result
 
     def _see(self, leaf: object, *, counts: bool = True) -> None:
@@ -179,10 +179,10 @@ _ACTIVE: list[Tracer] = []
 class _FlashOnMeta(TorchFunctionMode):
     """On meta tensors, `scaled_dot_product_attention` without mask or dropout is the fused operation of a GPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta and not kwargs:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func, types, given=(), named=None):
+        if func is torch.nn.functional.scaled_dot_product_attention and given[0].is_meta and not named:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*given[:3])[0]
+        return func(*given, **(named or {}))
 
 
 def inner_bytes(func: Any, arguments: tuple[Any, ...]) -> int:
