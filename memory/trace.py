@@ -180,7 +180,7 @@ class _FlashOnMeta(TorchFunctionMode):
     """On meta tensors, `scaled_dot_product_attention` without mask or dropout is the fused operation of a GPU."""
 
     def __torch_function__(self, func, types, given=(), named=None):
-        if func is torch.nn.functional.scaled_dot_product_attention and given[0].is_meta and not named:
+        if func is torch.nn.functional.scaled_dot_product_attention and given and given[0].is_meta and not named:
             return torch.ops.aten._scaled_dot_product_flash_attention(*given[:3])[0]
         return func(*given, **(named or {}))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import InputError
 from wan_ext.attention import attention_backward, check_backend_has_backward
@@ -20,6 +20,7 @@ from wan_ext.condition import CameraBranch
 from wan_ext.fused_forward import Crossing, Forward
 from wan_ext.fused_ops import gate_residual_sum, norm_modulate_sums, rms_rope_sum
 from wan_ext.fused_schedule import BlockSchedule
+from wan_ext.norms import LayerNorm, RMSNorm
 from wan_ext.token_spans import Span
 
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_FFN, SCALE_FFN, GATE_FFN = range(6)
@@ -343,14 +344,14 @@ class Backward(Forward):
             self.add_mods(scale, span, of_scale, inner)
             self.add_mods(shift, span, of_shift, inner)
 
-    def add_affine(self, norm: nn.Module, rows: tuple[Any, ...]) -> None:
+    def add_affine(self, norm: LayerNorm, rows: tuple[Any, ...]) -> None:
         """The gradients of a layer norm's weight and bias, where they are trained."""
         if norm.weight.requires_grad or norm.bias.requires_grad:
             for parameter, total in zip((norm.weight, norm.bias), norm_modulate_sums(*rows), strict=True):
-                if parameter.requires_grad:  # type: ignore[union-attr]
+                if parameter.requires_grad:
                     self.gradients.add(parameter, total.sum((0, 1)))
 
-    def add_rms_weight(self, norm: nn.Module, rows: tuple[Any, ...]) -> None:
+    def add_rms_weight(self, norm: RMSNorm, rows: tuple[Any, ...]) -> None:
         """The gradient of an RMS norm's weight, where it is trained."""
         if norm.weight.requires_grad:
             self.gradients.add(norm.weight, rms_rope_sum(*rows))
