@@ -18,7 +18,6 @@ from memory.costs import Schedule
 from wan_ext.fused_schedule import FFN_TOKENS, head_slices
 from wan_ext.workload import FLOAT32, Workload, context_tokens, lora_parameters
 
-
 INTERMEDIATES = 3 * FLOAT32 * 2**21
 """What an element-wise operation of plain PyTorch needs for itself; a Triton kernel needs nothing."""
 
