@@ -1,4 +1,4 @@
-"""Closed forms of bytes and operations are held to the code that runs: its tensors, and what the tracer counts in it."""
+"""Closed forms of bytes and operations are held to the code that runs: to its tensors and to what the tracer counts."""
 
 from __future__ import annotations
 
