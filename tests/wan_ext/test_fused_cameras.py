@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import InputError
 from memory.runners import run_with
 from networks.mechanisms.registry import INJECTIONS
 from tests.networks.cases import NETWORKS, VARIANTS, disturb, make_clip, make_dit, make_network
-from tests.wan_ext.test_fused_block import GRID, TOKENS, fused, plain
+from tests.wan_ext.test_fused_block import GRID, TOKENS, block_inputs, double_block, fused, plain
+from wan_ext.condition import CameraBranch
 from wan_ext.fused_block import BlockSchedule, FusedBlockMaths
 from wan_ext.rope import rope_table
 
@@ -67,6 +68,40 @@ def test_is_the_plain_block_with_every_mechanism(kind, task, keep, schedule):
     near = 1e-5 if "ray" in kind else 1e-9  # rays are float32 inside
     for hand, auto in zip(by_hand, by_autograd, strict=True):
         torch.testing.assert_close(hand, auto, rtol=near, atol=near * max(1.0, auto.abs().max().item()))
+
+
+class Listener(CameraBranch):
+    """A branch that uses all that it is given, as none of the mechanisms does."""
+
+    def __init__(self, *, tokenwise: bool) -> None:
+        super().__init__()
+        self.tokenwise = tokenwise  # type: ignore[misc]
+        self.strength = nn.Parameter(torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).double())
+
+    def before(self, x: Tensor, features: Tensor) -> Tensor:
+        frames = features.shape[1]
+        return x.unflatten(1, (frames, -1)).sin() * self.strength[0] * features[:, :, 0]
+
+    def after(self, out: Tensor, x: Tensor, q: Tensor, features: Tensor) -> Tensor:
+        frames = features.shape[1]
+        mixed = out * x + q.flatten(2) * out * self.strength[1] + x * self.strength[2]
+        return mixed.unflatten(1, (frames, -1)) * features[:, :, 0]
+
+
+@pytest.mark.parametrize("tokenwise", [True, False])
+@pytest.mark.parametrize("seam", ["self_attn", "cross_attn"])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_is_the_plain_block_with_a_branch_that_uses_all_it_is_given(seam, tokenwise, schedule):
+    block = double_block().requires_grad_(False)
+    getattr(block, seam).camera = Listener(tokenwise=tokenwise)
+    features = torch.randn(2, 3, 1, 1, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs = (*block_inputs(torch.float64), features, None)
+    needed = (True, False, False, False, False, True, False)
+    grad = torch.randn(2, TOKENS, 96, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    output, expected = plain(block, inputs, needed, grad)
+    found, gradients = fused(block, inputs, needed, grad, schedule)
+    for hand, auto in zip([found, *gradients], [output, *expected], strict=True):
+        torch.testing.assert_close(hand, auto, rtol=1e-9, atol=1e-9 * max(1.0, auto.abs().max().item()))
 
 
 @pytest.mark.parametrize("kind", IN_BLOCKS)
