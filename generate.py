@@ -169,6 +169,7 @@ from wan_ext.image_encoder import load_image_encoder
 from wan_ext.loading import chosen_recipe, load_dit
 from wan_ext.placement import Placement, stored_recipe
 from wan_ext.planning import plan_generation
+from wan_ext.quantized_files import recipe_name
 from wan_ext.text_encoder import load_text_encoder
 from wan_ext.vae import load_vae
 
@@ -331,11 +332,12 @@ def place_experts(
 ) -> tuple[Placement, bool]:
     """Where experts run, by a plan that is printed; and whether one stays in memory while the other one runs."""
     swap = options.blocks_to_swap
+    checkpoints = [files.dit_high_noise if name == "high" else files.dit for name in variant.experts]
+    asked = chosen_recipe(options.quantize, fp8=options.fp8_scaled)
+    recipe, from_file = stored_recipe(checkpoints, asked, device=device)
     if device.type != "cuda" and options.vram is None:
         return Placement(device, blocks_to_swap=swap or 0), False
     card = find_card(vram=options.vram, gpu=options.gpu)
-    checkpoints = [files.dit_high_noise if name == "high" else files.dit for name in variant.experts]
-    recipe, from_file = stored_recipe(checkpoints, options.quantize or ("fp8" if options.fp8_scaled else None))
     ram_bytes = host_bytes() if options.ram is None else parse_bytes(options.ram, "--ram")
     ranks = [network_rank(file) for file in options.network_weights]
     rank = max(sum(rank for expert, rank in ranks if expert in (None, name)) for name in variant.experts)
@@ -346,7 +348,7 @@ def place_experts(
             frames=num_frames,
             height=settings.height,
             width=settings.width,
-            recipe=recipe,
+            recipe=None if recipe is None else recipe_name(recipe),
             vram_bytes=card.vram_bytes,
             ram_bytes=ram_bytes,
             rates=card.rates,

@@ -192,7 +192,7 @@ from wan_ext.configs import Expert, WanVariant
 from wan_ext.dit import WanDiT
 from wan_ext.experts import expert_interval
 from wan_ext.loading import chosen_recipe, load_dit
-from wan_ext.placement import Placement
+from wan_ext.placement import Placement, stored_recipe
 from wan_ext.vae import load_vae
 
 SAVE_DTYPES = {"float": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -245,15 +245,18 @@ def main(options: Options) -> None:
         max_steps = options.max_train_epochs * steps_per_epoch
 
     # ---- memory: a plan, before anything large is loaded ----------------------------------------------------------
+    names = trained_experts(variant, options.experts)
+    checkpoints = [files.dit_high_noise if name == "high" else files.dit for name in names]
+    recipe = chosen_recipe(options.quantize, fp8=options.fp8_base or options.fp8_scaled)
+    recipe, from_file = stored_recipe(checkpoints, recipe, device=device)
     plan = None
     if device.type == "cuda" or options.vram is not None:
-        names = trained_experts(variant, options.experts)
         plan, note = plan_of_run(
             variant,
             training_set.clips,
             experts=names,
-            checkpoints=[files.dit_high_noise if name == "high" else files.dit for name in names],
-            recipe=options.quantize or ("fp8" if options.fp8_base or options.fp8_scaled else None),
+            recipe=recipe,
+            from_file=from_file,
             network_module=network_module,
             network_args=network_arguments(options),
             network_dim=options.network_dim,
@@ -275,8 +278,7 @@ def main(options: Options) -> None:
 
     # ---- experts: frozen transformer, adapter, optimizer ----------------------------------------------------------
     experts = []
-    for name in trained_experts(variant, options.experts):
-        path = files.dit_high_noise if name == "high" else files.dit
+    for name, path in zip(names, checkpoints, strict=True):
         dit = load_base(options, path, variant, placement.load_device)
         network = network_module.create_network(
             dit,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -12,10 +11,11 @@ from dataset.clips import Clip
 from memory.card import find_card
 from memory.machine import host_bytes, parse_bytes
 from memory.plan import MemoryPlan
+from memory.quant import QuantRecipe
 from wan_ext.configs import Expert, WanVariant
 from wan_ext.dit import WanDiT
-from wan_ext.placement import stored_recipe
 from wan_ext.planning import plan_training
+from wan_ext.quantized_files import recipe_name
 from wan_ext.workload import tokens_of
 
 
@@ -24,8 +24,8 @@ def plan_of_run(
     clips: Sequence[Clip],
     *,
     experts: Sequence[Expert],
-    checkpoints: Sequence[Path],
-    recipe: str | None,
+    recipe: QuantRecipe | None,
+    from_file: bool,
     network_module: ModuleType,
     network_args: Mapping[str, str],
     network_dim: int,
@@ -43,8 +43,8 @@ def plan_of_run(
         variant: the task.
         clips: of the data set; the largest batch is planned for.
         experts: that are trained.
-        checkpoints: of the experts; a file of 8-bit weights brings its recipe, and its blocks can be streamed from it.
-        recipe: for other checkpoints, a name of `memory.quant.RECIPES`; None: not quantised.
+        recipe: how the blocks' linears are kept; None: not quantised.
+        from_file: whether blocks can be streamed from files of 8-bit weights.
         network_module: what is trained.
         network_args: --network_args.
         network_dim: rank.
@@ -59,7 +59,6 @@ def plan_of_run(
     Raises:
         InputError: nothing fits, or sizes that are none.
     """
-    recipe, from_file = stored_recipe(checkpoints, recipe)
     largest = max(clips, key=lambda clip: clip.batch_size * _tokens(variant, clip))
     card = find_card(vram=vram, gpu=gpu)
     trained = trained_parameters(variant, network_module, network_args, network_dim, pose_frame)
@@ -71,7 +70,7 @@ def plan_of_run(
         batch_size=largest.batch_size,
         rank=network_dim,
         experts=experts,
-        recipe=recipe,
+        recipe=None if recipe is None else recipe_name(recipe),
         vram_bytes=card.vram_bytes,
         ram_bytes=host_bytes() if ram is None else parse_bytes(ram, "--ram"),
         rates=card.rates,

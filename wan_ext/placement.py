@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from core.errors import InputError
 from memory.device import device_for
 from memory.plan import MemoryPlan, next_smaller
+from memory.quant import QuantRecipe
+from memory.quant.products import require_device
 from memory.runners import BlockRunner, run_plain, run_with
 from memory.store import HostStore
 from memory.stream import Ring, StreamedBlocks, move_all_but, ring_bytes, spread
 from wan_ext.checkpoint_files import open_checkpoint
 from wan_ext.dit import WanDiT
 from wan_ext.fused_block import BlockSchedule, FusedBlockMaths
-from wan_ext.quantized_files import quantized_file, recipe_name
+from wan_ext.quantized_files import quantized_file
 
 
 class PlacedBlocks:
@@ -150,17 +152,25 @@ class Placement:
         return runner
 
 
-def stored_recipe(checkpoints: Sequence[Path], recipe: str | None) -> tuple[str | None, bool]:
+def stored_recipe(
+    checkpoints: Sequence[Path], recipe: QuantRecipe | None, *, device: torch.device
+) -> tuple[QuantRecipe | None, bool]:
     """How the blocks' linears of a run are kept, and whether they can be streamed from their files.
 
     Args:
         checkpoints: of the experts; a file of 8-bit weights brings its recipe.
-        recipe: of other checkpoints, a name of `memory.quant.RECIPES`; None: not quantised.
+        recipe: of other checkpoints; None: not quantised.
+        device: that multiplies with them.
 
     Raises:
-        InputError: some of the experts are in 8-bit files and others are not; a damaged file.
+        InputError: some of the experts are in 8-bit files and others are not; a damaged file; the device cannot
+            multiply as the recipe asks.
     """
     files = [quantized_file(open_checkpoint(path), model="dit") for path in checkpoints]
     if any(files) and not all(files):
         raise InputError("--dit --dit_high_noise: expected both experts in 8-bit files or none, found one of each kind")
-    return (recipe_name(files[0].recipe), True) if files[0] else (recipe, False)
+    if files[0]:
+        recipe = files[0].recipe_for(recipe)
+    if recipe is not None:
+        require_device(recipe, device)
+    return recipe, bool(files[0])
