@@ -118,6 +118,10 @@ WORKSPACE, FRAGMENTS, DRIVER = "workspace", "share for fragmentation", "driver"
 MASTERS, STORED, STAGING, PROCESS = "streamed blocks", "waiting for backward", "staging buffers", "system and process"
 
 
+class NothingFits(InputError):
+    """No plan keeps to the memory that there is; everything else about the request is in order."""
+
+
 def make_plan(costs: ModelCosts, *, limits: Limits, rates: RateProfile) -> MemoryPlan:
     """The fastest plan that fits.
 
@@ -130,12 +134,13 @@ def make_plan(costs: ModelCosts, *, limits: Limits, rates: RateProfile) -> Memor
         The plan.
 
     Raises:
-        InputError: none fits; the message names the smallest sizes that would do, and what to change.
+        NothingFits: the message names the smallest sizes that would do, and what to change.
+        InputError: the card lacks the products of the recipe.
     """
     plans = [plan for plan in _candidates(costs, limits, rates) if plan.ram_bytes <= limits.ram_bytes]
     fitting = [plan for plan in plans if plan.vram_bytes <= limits.vram_bytes]
     if not fitting:
-        raise InputError(_why_none_fits(costs, limits, rates))
+        raise NothingFits(_why_none_fits(costs, limits, rates))
     return min(fitting, key=_preference)
 
 
@@ -149,7 +154,7 @@ def next_smaller(plan: MemoryPlan) -> MemoryPlan:
         A plan of the same model, host memory and card.
 
     Raises:
-        InputError: there is none.
+        NothingFits: there is none.
     """
     # A user's number of streamed blocks has just proved too small.
     limits = Limits(vram_bytes=plan.vram_bytes, ram_bytes=plan.limits.ram_bytes, may_map=plan.limits.may_map)
@@ -163,7 +168,7 @@ def next_smaller(plan: MemoryPlan) -> MemoryPlan:
         if fitting:
             return min(fitting, key=_preference)
     name, count = _largest(plan)
-    raise InputError(
+    raise NothingFits(
         f"{plan.costs.name}: expected a plan that needs less than {plan.vram_bytes / GB:.1f} GB of device memory, "
         f"found none: this is the smallest. Its largest part is {name} ({count / GB:.1f} GB){_advice(plan.costs, name)}"
     )

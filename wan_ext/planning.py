@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from core.errors import InputError
-from memory.plan import Limits, MemoryPlan, make_plan
+from memory.plan import Limits, MemoryPlan, NothingFits, make_plan
 from memory.quant.recipes import parse_recipe
 from memory.rates import RateProfile
 from wan_ext.configs import Expert, WanVariant
@@ -68,7 +68,7 @@ def plan_training(
         The fastest plan that fits.
 
     Raises:
-        InputError: a size that no clip has, or nothing fits.
+        InputError: a size that no clip has, an unknown name; NothingFits where that is all.
     """
 
     def plan(frames: int, height: int, width: int, batch: int, rank: int, models: int) -> MemoryPlan:
@@ -121,7 +121,7 @@ def plan_generation(
     experts are in memory together (None: all of the task).
 
     Raises:
-        InputError: a size that no clip has, or nothing fits.
+        InputError: a size that no clip has, an unknown name; NothingFits where that is all.
     """
 
     def plan(frames: int, height: int, width: int, batch: int, rank: int, models: int) -> MemoryPlan:
@@ -152,20 +152,20 @@ def _with_advice(
     """The plan; or why there is none, and which single change would help."""
     try:
         return plan(*given)
-    except InputError as error:
+    except NothingFits as error:
         reason = str(error)
     fitting = []
     for words, setting in changes:
         try:
             plan(*setting)
-        except InputError:
+        except NothingFits:
             continue
         fitting.append(words)
     if recipe is None:
         fitting.append("8-bit weights (--fp8_scaled) need half")
     if not fitting:
-        raise InputError(reason)
-    raise InputError(f"{reason}. What would fit: {', or '.join(fitting)}")
+        raise NothingFits(reason)
+    raise NothingFits(f"{reason}. What would fit: {', or '.join(fitting)}")
 
 
 def _changes(frames: int, height: int, width: int, batch: int, rank: int, models: int) -> Iterator[tuple[str, Setting]]:
