@@ -15,7 +15,15 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.files import read_safetensors, save_safetensors
-from networks.export import check_exportable, comfyui_channels, comfyui_lora, diffusers_lora, merge_adapter
+from networks.export import (
+    Entry,
+    check_exportable,
+    comfyui_channels,
+    comfyui_lora,
+    diffusers_lora,
+    merge_adapter,
+    write_streaming,
+)
 from networks.files import load_network, save_network
 from tests.networks.cases import VARIANTS, disturb, make_clip, make_dit, make_network, run, small
 from tests.networks.test_base_adapter import rays_of
@@ -102,12 +110,12 @@ def test_a_base_in_scaled_8_bits_is_copied_to_the_byte(tmp_path: Path) -> None:
         name: t.to(torch.bfloat16) if t.dtype == torch.float32 and "scale" not in name else t
         for name, t in stored.items()
     }
-    save_safetensors(stored, tmp_path / "base.safetensors", {"made_by": "somebody"})
+    save_safetensors(stored, tmp_path / "base.safetensors", {"made_by": "somebody", "a": "old"})
     merge_adapter(
         tmp_path / "base.safetensors", adapter, tmp_path / "o.safetensors", variant=variant, metadata={"a": "b"}
     )
     found, metadata = read_safetensors(tmp_path / "o.safetensors")
-    assert metadata == {"made_by": "somebody", "a": "b"}
+    assert metadata == {"made_by": "somebody", "a": "b"}  # what is said of the new file goes before the base's
     assert found.keys() == stored.keys() | adapter.keys()
     for name, tensor in stored.items():
         assert found[name].dtype == tensor.dtype
@@ -135,6 +143,14 @@ def test_the_copy_goes_through_memory_tensor_by_tensor(tmp_path: Path, monkeypat
     assert 0 < most <= 2
 
 
+def test_tensors_begin_at_a_whole_number_of_eight_bytes_whatever_their_names(tmp_path: Path) -> None:
+    for length in range(1, 9):
+        file, name = tmp_path / f"{length}.safetensors", length * "x"
+        write_streaming({name: Entry(dtype=torch.float32, shape=(2,), read=lambda: torch.ones(2))}, file, {})
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
+        assert torch.equal(load_file(file)[name], torch.ones(2))
+
+
 def test_a_failed_export_leaves_no_file(tmp_path: Path, monkeypatch) -> None:
     dit, adapter = with_adapter(VARIANTS["I2V"])
     reads = iter(range(10))
@@ -158,6 +174,8 @@ def test_which_models_can_become_a_camera_model_of_comfyui() -> None:
     assert {name for name, number in channels.items() if number == 32} == {"fun-camera-1.3B", "fun-camera-14B"}
     assert {name for name, number in channels.items() if number == 36} >= {"t2v-A14B", "i2v-A14B", "fun-camera-A14B"}
     assert not channels.keys() & {"i2v-14B", "ti2v-5B", "fun-camera-5B"}
+    with pytest.raises(InputError, match="found 48"):  # a control model
+        comfyui_channels(replace(REAL["t2v-A14B"].dit, in_dim=48))
 
 
 @pytest.mark.parametrize("task", BASES)
@@ -176,6 +194,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a trained camera adapter, found none; .* --lora_only"):
         check_exportable({"injection": "plucker"}, {})
     dit, adapter = with_adapter(VARIANTS["I2V"])
+    check_exportable({}, adapter)  # an adapter of other programs, which record no injection
     with pytest.raises(InputError, match="expected the base of t2v-A14B .*, found 2 layers .* 36 channels in"):
         exported(dit.state_dict(), adapter, VARIANTS["T2V"], tmp_path)
     narrow = {**adapter, "control_adapter.conv.bias": torch.zeros(5)}

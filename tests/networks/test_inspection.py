@@ -71,6 +71,7 @@ def test_what_is_no_lora_is_not_taken_for_one() -> None:
 def test_the_norm_is_that_of_what_a_lora_adds() -> None:
     down, up = torch.randn(3, 40), torch.randn(50, 3)
     assert lora_norm(down, up, torch.tensor(6.0)) == pytest.approx((2 * up @ down).norm().item(), rel=1e-5)
+    assert lora_norm(down, up, torch.tensor(-6.0)) == lora_norm(down, up, torch.tensor(6.0))
     assert lora_norm(down, up, None) == pytest.approx((up @ down).norm().item(), rel=1e-5)
 
 
@@ -85,6 +86,40 @@ def test_a_trained_camera_is_there_and_a_new_one_is_called_untrained(kind: str, 
     new = inspect(saved(tmp_path / "new", kind, trained=False))
     assert new.answer.startswith("yes, but UNTRAINED")
     assert all(part.untrained and part.norm == 0 for part in new.parts)
+
+
+def test_a_line_is_the_norm_of_all_its_tensors_and_is_untrained_where_all_of_a_lora_is(tmp_path: Path) -> None:
+    weights, squares = {}, 0.0
+    for module, live in (("blocks.0.ffn.0", 0.0), ("blocks.0.ffn.2", 1.0), ("blocks.1.ffn.2", 1.0)):
+        down, up = torch.randn(4, 96), live * torch.randn(96, 4)
+        weights |= {f"diffusion_model.{module}.lora_A.weight": down, f"diffusion_model.{module}.lora_B.weight": up}
+        squares += (up @ down).square().sum().item()
+    weights["diffusion_model.blocks.0.ffn.1.lora_A.weight"] = torch.randn(4, 96)  # half a pair, in the middle
+    weights |= {
+        "camera_encoder.mlp.first.weight": torch.full((3, 4), 2.0),
+        "camera_encoder.mlp.first.bias": torch.zeros(3),
+    }
+    weights |= {"camera_encoder.mlp.last.weight": torch.zeros(3, 4), "somebody.else": torch.ones(1)}
+    save_file(weights, tmp_path / "theirs.safetensors", {"ss_network_module": "theirs.lora"})
+    found = inspect(tmp_path / "theirs.safetensors")
+    parts = {part.name: part for part in found.parts}
+    assert parts["LoRA ffn"].norm == pytest.approx(squares**0.5, rel=1e-5) and not parts["LoRA ffn"].untrained
+    first, last = parts["camera_encoder.mlp.first"], parts["camera_encoder.mlp.last"]
+    assert first.norm == pytest.approx(48**0.5) and not first.untrained  # a bias may be zero
+    assert last.untrained and "UNTRAINED" in found.answer and "mlp.last" in found.answer
+    assert found.others == ("somebody.else",)
+    assert found.kind == "LoRA in the names of ComfyUI, made by theirs.lora"
+
+
+def test_an_expert_that_is_not_to_hear_the_camera_says_so(tmp_path: Path) -> None:
+    args = {"injection": "bias", "camera_hidden": "16", "camera_experts": "high"}
+    deaf = inspect(saved(tmp_path / "low", "bias", expert="low", network_args=args))
+    assert deaf.answer == "no: only the high-noise expert of this network hears the camera"
+    heard = inspect(saved(tmp_path / "high", "bias", expert="high", network_args=args))
+    assert heard.answer.startswith("yes, and trained")
+    assert heard.companion.kind.startswith("camera file of this trainer")
+    heard.companion.path.unlink()
+    assert inspect(heard.path).answer.startswith("not here: ")
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

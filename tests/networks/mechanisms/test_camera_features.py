@@ -12,6 +12,7 @@ from networks.mechanisms.features import (
     CameraEncoder,
     FeatureMLP,
     frame_numbers,
+    live_linear,
     octaves,
     ray_numbers,
 )
@@ -158,11 +159,38 @@ def test_recomputing_in_backward_changes_nothing() -> None:
     assert all(map(torch.equal, found, expected))
 
 
-def test_octaves_keep_the_number_itself_and_tell_scales_apart() -> None:
-    numbers = torch.tensor([[0.3, -50.0]])
+def test_backward_keeps_the_numbers_and_nothing_of_the_layers() -> None:
+    mlp = FeatureMLP(3, 32, 16, zero_start=False, generator=torch.Generator().manual_seed(0))
+    numbers = torch.randn(2, 500, 3)
+
+    def kept_bytes(compute) -> int:
+        """Of activations: tensors that are no parameters."""
+        own, kept = {parameter.data_ptr() for parameter in mlp.parameters()}, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda _: None):
+            compute(numbers)
+        return sum(tensor.nbytes for tensor in kept if tensor.data_ptr() not in own)
+
+    assert kept_bytes(mlp) <= numbers.nbytes < kept_bytes(mlp.compute) / 10
+
+
+def test_the_hidden_layer_is_added_to_what_it_reads() -> None:
+    mlp = FeatureMLP(3, 32, 16, zero_start=False, generator=torch.Generator().manual_seed(0))
+    numbers = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.zeros_(mlp.third.weight)
+    torch.testing.assert_close(mlp(numbers), mlp.last(torch.nn.functional.silu(mlp.first(octaves(numbers)))))
+
+
+def test_octaves_are_the_number_and_its_waves_from_a_quarter_to_eight() -> None:
+    numbers = torch.tensor([[0.3, -50.0]], dtype=torch.float64)
     out = octaves(numbers)
-    assert torch.equal(out[:, :2], numbers)
-    assert out.shape == (1, 2 * 13) and out[:, 2:].abs().max() <= 1
+    waves = [wave(numbers * factor) for factor in (0.25, 0.5, 1, 2, 4, 8) for wave in (torch.sin, torch.cos)]
+    torch.testing.assert_close(out, torch.cat([numbers, *waves], -1))
+
+
+def test_a_live_linear_keeps_the_variance_of_its_input() -> None:
+    linear = live_linear(400, 300, torch.Generator().manual_seed(0))
+    out = linear(torch.randn(200, 400, generator=torch.Generator().manual_seed(1)))
+    assert abs(out.std() - 1) < 0.05 and not linear.bias.any()
 
 
 @pytest.mark.parametrize(("injection", "millions"), [("plucker_light", 3.9), ("bias", 3.4)])
@@ -175,8 +203,9 @@ def test_an_encoder_of_the_14b_model_is_small(injection: str, millions: float) -
 @every_encoder
 def test_a_clip_that_does_not_fit_is_refused(injection: str) -> None:
     encoder, clip = make_encoder(injection), make_clip(VARIANTS["T2V"])
-    with pytest.raises(InputError, match=r"expected 4n \+ 1 frames .* found 8"):
-        encoder(clip.c2w[:, :8], clip.K[:, :8], clip.height, clip.width)
+    for frames in (2, 3, 4, 6, 8):
+        with pytest.raises(InputError, match=rf"expected 4n \+ 1 frames .* found {frames}"):
+            encoder(clip.c2w[:, :frames], clip.K[:, :frames], clip.height, clip.width)
     with pytest.raises(InputError, match="width: expected a multiple of 16 pixels, found 40"):
         encoder(clip.c2w, clip.K, clip.height, 40)
     with pytest.raises(InputError, match="height: expected a multiple of 16 pixels, found 8"):

@@ -45,11 +45,13 @@ def everything(injection: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("chosen", [True, False])
-def test_settings_survive_their_metadata(injection: str, chosen: bool) -> None:
-    settings = read(everything(injection) if chosen else {"injection": injection})
+@pytest.mark.parametrize("pose_frame", ["scene", "first"])
+def test_settings_survive_their_metadata(injection: str, chosen: bool, pose_frame: str) -> None:
+    settings = read(everything(injection) if chosen else {"injection": injection}, pose_frame=pose_frame)
     assert camera_settings_from_metadata(settings.metadata(), injections=INJECTIONS) == settings
-    assert settings.scale_rule == "metric:0.5" and settings.injection == injection
-    assert read({name: str(value) for name, value in settings.arguments().items()}) == settings
+    assert (settings.scale_rule, settings.pose_frame, settings.injection) == ("metric:0.5", pose_frame, injection)
+    arguments = {name: str(value) for name, value in settings.arguments().items()}
+    assert read(arguments, pose_frame=pose_frame) == settings
 
 
 def test_every_choice_arrives() -> None:
