@@ -386,6 +386,20 @@ def test_a_block_is_copied_while_the_one_before_it_runs(num_streamed: int) -> No
         running = slot if kind == "wait" else None if kind == "record" else running
 
 
+@both_kinds
+def test_resident_blocks_go_to_the_device_and_streamed_ones_stay(masters: Kind) -> None:
+    blocks = make_blocks(quantize=True, lora=False)
+    ring = Ring(CpuDevice(), flat_bytes(blocks[0]))
+    StreamedBlocks(blocks, streamed=(1, 4), device="meta", ring=ring, masters=masters)
+    assert [{tensor.is_meta for tensor in frozen(block)} for block in blocks] == [
+        {True},
+        {False},
+        {True},
+        {True},
+        {False},
+    ]
+
+
 def test_streaming_nothing_moves_nothing() -> None:
     blocks = make_blocks()
     before = [tensor.data_ptr() for tensor in frozen(blocks)]
