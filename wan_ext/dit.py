@@ -13,7 +13,7 @@ Precision: the residual stream `x`, the norms, the modulation, the time embeddin
 float32; the linears of the blocks and of the text and image embeddings run in the dtype of their weights, which
 `storage_dtype` gives them. A residual stream in bf16 would more than double the rounding error of the result.
 
-How the blocks run (plain, checkpointed, swapped) is the argument `run_blocks` of `forward`.
+How the blocks run (plain, checkpointed, streamed) is the argument `run_blocks` of `forward`.
 
 Shapes: B clips, C latent channels, F H W latent frames, height, width, L = F * (H/2) * (W/2) tokens, S text tokens,
 D model width, N heads, d channels of a head. Modulation has a frame axis of length 1 (one timestep a clip) or F.
