@@ -354,7 +354,7 @@ def test_operands_that_a_kernel_would_misread_are_refused() -> None:
     heads = x.unflatten(-1, (HEADS, -1))
     for wrong in (
         lambda: kernels.norm_modulate_forward(x.double(), gain, gain, EPS, torch.float32),
-        lambda: kernels.norm_modulate_forward(x, normal(BATCH, 4, DIM), gain, EPS, torch.float32),
+        lambda: kernels.gate_residual_forward(x, x, normal(BATCH, 4, DIM)),
         lambda: kernels.norm_modulate_forward(x, normal(BATCH, 3, DIM), gain, EPS, torch.float32),
         lambda: kernels.norm_modulate_forward(x, gain[..., :-1], gain, EPS, torch.float32),
         lambda: kernels.norm_modulate_forward(x, gain, normal(3, 1, DIM), EPS, torch.float32),

@@ -63,11 +63,7 @@ def frame_strides(name: str, gain: Tensor, shape: tuple[int, ...]) -> tuple[int,
             f"{name}: expected [1 or {batch}, a divisor of {tokens}, {width}] in float32, bfloat16 or float16 with "
             f"rows of neighbouring numbers, found {gain.dtype} {list(gain.shape)} of strides {list(gain.stride())}"
         )
-    return (
-        gain.stride(0) if clips > 1 else 0,
-        gain.stride(1) if frames > 1 else 0,
-        tokens // frames,
-    )
+    return gain.stride(0) if clips > 1 else 0, gain.stride(1), tokens // frames
 
 
 def row_numbers(name: str, numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
