@@ -214,6 +214,22 @@ def test_waiting_is_what_transfers_take_longer_than_computation() -> None:
     assert make_plan(model(), limits=limits, rates=fast).stall_seconds == 0
 
 
+def test_waiting_for_what_goes_out_counts_in_forward_alone() -> None:
+    slow = replace(CARD, d2h=1e9)
+    found = make_plan(model(), limits=Limits(vram_bytes=8 * GB, ram_bytes=PLENTY), rates=slow)
+    forward = 10 * block(1).forward.seconds(slow, "bf16")
+    assert found.stall_seconds == pytest.approx(found.d2h_bytes / 1e9 - forward)
+
+
+def test_what_waits_on_the_device_is_there_for_every_block() -> None:
+    found = plan(1000.0)
+    assert found.device_bytes["waiting for backward"] == 10 * (GB // 2 + GB // 4)
+    small = replace(model(), blocks=tuple(replace(b, forward_bytes=20 * GB) for b in model().blocks))
+    found = plan(1000.0, costs=small)
+    assert found.device_bytes["activations"] == 20 * GB
+    assert found.device_bytes["waiting for backward"] == 10 * (GB // 2) + 9 * found.costs.blocks[1].kept_bytes
+
+
 def test_a_forward_pass_keeps_nothing() -> None:
     found = plan(8.0, costs=model(trains=False))
     assert found.d2h_bytes == 0 and "waiting for backward" not in found.host_bytes

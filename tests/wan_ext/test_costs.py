@@ -105,6 +105,7 @@ def workload(task: str, tokens: int, batch: int, rank: int, recipe: str | None) 
         ("t2v-A14B", 4000, 1, 32, "int8_w8a8", (1, None, False)),
         ("t2v-A14B", 1024, 1, 32, "fp8", (1, None, True)),
         ("t2v-1.3B", 7800, 1, 16, "fp8", (2, 4096, True)),
+        ("t2v-1.3B", 12000, 1, 16, "fp8", (4, 1024, False)),
         ("i2v-14B", 2000, 1, 16, "fp8", (2, 1024, True)),
         ("ti2v-5B", 2000, 1, 0, None, (8, 1024, False)),
     ],
