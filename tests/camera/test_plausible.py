@@ -130,3 +130,35 @@ def test_turn_between_is_the_angle() -> None:
         turned = torch.from_numpy(Rotation.from_rotvec([0.6 * degrees, 0, 0.8 * degrees], degrees=True).as_matrix())
         found = turn_between(torch.eye(3, dtype=torch.float64), turned)
         torch.testing.assert_close(found, torch.tensor(degrees, dtype=torch.float64), atol=1e-6, rtol=1e-6)
+
+
+def turned(degrees: float) -> torch.Tensor:
+    change = torch.eye(4, dtype=torch.float64)
+    change[:3, :3] = torch.from_numpy(Rotation.from_euler("z", degrees, degrees=True).as_matrix())
+    return change
+
+
+@pytest.mark.parametrize(("degrees", "says"), [(85.0, "jumps; turns 85"), (95.0, "flips, 95 degrees")])
+def test_a_turn_of_more_than_a_quarter_is_a_flip(degrees: float, says: str) -> None:
+    (warning,) = implausible(with_pose(make("dolly in 1"), slice(20, None), turned(degrees)))
+    assert warning.startswith(f"frame 20: {says}")
+
+
+def test_a_step_too_small_to_see_is_no_jump() -> None:
+    """Below a hundredth of the way that the camera goes, or below a degree, also where it stood still before."""
+    near = torch.eye(4, dtype=torch.float64)
+    near[0, 3] = 0.005
+    for change in (near, turned(0.5)):
+        assert implausible(with_pose(make("hold 1s; dolly in 1 1s; hold 1s"), slice(8, None), change)) == []
+
+
+def test_an_odd_view_along_the_other_side_is_named_and_five_findings_are_all_listed() -> None:
+    path = make("dolly in 1", num_frames=161)
+    K = path.K.clone()
+    K[:, 1, 1] *= 40
+    assert any("(vertical), outside 5 to 170" in warning for warning in implausible(replace(path, K=K)))
+    far = torch.eye(4, dtype=torch.float64)
+    far[0, 3] = 0.9
+    for frame in range(10, 60, 10):
+        path = with_pose(path, slice(frame, None), far)
+    assert [warning.split(":")[0] for warning in implausible(path)] == [f"frame {frame}" for frame in range(10, 60, 10)]

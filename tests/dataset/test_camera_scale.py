@@ -37,13 +37,21 @@ def test_the_cache_gives_the_scaled_path_back_and_another_rule_makes_it_stale(wo
     cache.write_camera(clip, path)
     again = cache.read_camera(clip)
     assert torch.equal(again.c2w, path.c2w)
-    assert (again.scale_rule, again.mean_depth) == ("max_norm", 1.5)
+    assert (again.scale_rule, again.mean_depth, again.pose_frame) == ("max_norm", 1.5, "first")
     assert read_safetensors(clip.camera_cache)[1]["scale_rule"] == "max_norm"
     for keys in ({}, {"camera_scale": "first_step"}, {"camera_scale": "max_norm", "camera_fps": 16.0}):
         (other,) = world.clips(**keys)
         flaw = cache.problem(other, "camera")
         assert flaw and ("another scale rule" in flaw or "another rate of the camera file" in flaw)
         assert "cache_camera.py" in flaw
+
+
+def test_a_path_that_is_not_what_the_table_asks_for_makes_no_current_cache(world):
+    (clip,) = world.clips()
+    path = read_clip_camera(clip)
+    for change, label in (({"scale_rule": "metric:2"}, "another scale rule"), ({"pose_frame": "scene"}, "pose frame")):
+        cache.write_camera(clip, replace(path, **change))
+        assert label in (cache.problem(clip, "camera") or "")
 
 
 def test_a_cache_from_before_the_rule_was_recorded_is_refused(world):
