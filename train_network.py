@@ -180,9 +180,11 @@ from evaluation.filming import FilmingExpert
 from evaluation.validation import CameraValidation
 from memory.plan import GB, next_smaller
 from memory.plan_table import plan_table
-from networks.checkpoint import load_state, save_state
+from networks.checkpoint import load_state, save_state, state_part
 from networks.files import import_network_module, save_network
+from networks.last_step import LastStep
 from networks.optimization import create_optimizer, learning_rate_factor
+from training.ending import ending_early
 from training.held_out import held_out_clips, validate
 from training.memory_plan import plan_of_run
 from training.model import settle_model, trained_experts
@@ -333,6 +335,7 @@ def main(options: Options) -> None:
     if options.log_with:
         accelerator.init_trackers(options.output_name)
     run_metadata = describe_run(options, files, variant, training_set)
+    config_of_run = json.loads(run_metadata["ss_training_options"])
 
     def save(suffix: str, step: int, *, with_state: bool = options.save_state) -> None:
         if not accelerator.is_main_process:
@@ -350,13 +353,8 @@ def main(options: Options) -> None:
                 tqdm.write(f"saved {path}")
         if with_state:
             folder = options.output_dir / f"{name}-state"
-            save_state(
-                folder,
-                networks=networks,
-                optimizers=optimizers,
-                step=step,
-                config=json.loads(run_metadata["ss_training_options"]),
-            )
+            parts = {expert.name: state_part(expert.network, expert.optimizer) for expert in experts}
+            save_state(folder, parts, step=step, config=config_of_run)
             tqdm.write(f"saved {folder}")
 
     def make_room(step: int) -> None:
@@ -404,66 +402,71 @@ def main(options: Options) -> None:
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    for step in progress:
-        started = time.perf_counter()
-        expert = draw_expert(experts, seed=options.seed, step=step)
-        factor = learning_rate_factor(
-            step, schedule=options.lr_scheduler, warmup_steps=options.lr_warmup_steps, max_steps=max_steps
-        )
-        for group, learning_rate in zip(expert.optimizer.param_groups, expert.learning_rates, strict=True):
-            group["lr"] = learning_rate * factor
+    last = LastStep(networks, optimizers, step=first_step)
+    interrupted = options.output_dir / f"{options.output_name}-interrupted-state"
+    with ending_early(last, interrupted, config=config_of_run, saves=accelerator.is_main_process):
+        for step in progress:
+            started = time.perf_counter()
+            expert = draw_expert(experts, seed=options.seed, step=step)
+            factor = learning_rate_factor(
+                step, schedule=options.lr_scheduler, warmup_steps=options.lr_warmup_steps, max_steps=max_steps
+            )
+            for group, learning_rate in zip(expert.optimizer.param_groups, expert.learning_rates, strict=True):
+                group["lr"] = learning_rate * factor
 
-        batches = [next(data) for _ in range(options.gradient_accumulation_steps)]
-        mean_loss = None
-        while mean_loss is None:
-            with suppress(torch.OutOfMemoryError):  # which goes with all that the step had made until then
-                mean_loss = accumulate_gradients(
-                    expert, batches, seed=options.seed, step=step, rank=rank, law=law, device=device
+            batches = [next(data) for _ in range(options.gradient_accumulation_steps)]
+            mean_loss = None
+            while mean_loss is None:
+                with suppress(torch.OutOfMemoryError):  # which goes with all that the step had made until then
+                    mean_loss = accumulate_gradients(
+                        expert, batches, seed=options.seed, step=step, rank=rank, law=law, device=device
+                    )
+                if mean_loss is None:
+                    expert.optimizer.zero_grad(set_to_none=True)
+                    make_room(step)
+
+            parameters = [parameter for parameter in expert.network.parameters() if parameter.grad is not None]
+            if world_size > 1:
+                for parameter in parameters:
+                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf).item()
+            if not math.isfinite(grad_norm):
+                raise InputError(
+                    f"step {step}: expected a finite gradient, found {grad_norm} at loss {mean_loss} (last clips: "
+                    f"{', '.join(batches[-1].keys)}); lower --learning_rate, or look at those clips"
                 )
-            if mean_loss is None:
-                expert.optimizer.zero_grad(set_to_none=True)
-                make_room(step)
+            last.settle()
+            expert.optimizer.step()
+            expert.optimizer.zero_grad(set_to_none=True)
+            last.keep(expert.name, step=step + 1)
 
-        parameters = [parameter for parameter in expert.network.parameters() if parameter.grad is not None]
-        if world_size > 1:
-            for parameter in parameters:
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf).item()
-        if not math.isfinite(grad_norm):
-            raise InputError(
-                f"step {step}: expected a finite gradient, found {grad_norm} at loss {mean_loss} (last clips: "
-                f"{', '.join(batches[-1].keys)}); lower --learning_rate, or look at those clips"
-            )
-        expert.optimizer.step()
-        expert.optimizer.zero_grad(set_to_none=True)
-
-        # ---- what a person sees and keeps -------------------------------------------------------------------------
-        if expert.name not in smooth_loss and placement.plan is not None and device.type == "cuda":
-            measured = torch.cuda.max_memory_allocated(device) / GB
-            tqdm.write(
-                f"memory of tensors: planned {placement.plan.tensor_bytes / GB:.2f} GB, measured {measured:.2f} GB"
-            )
-        smooth_loss[expert.name] = 0.98 * smooth_loss.get(expert.name, mean_loss) + 0.02 * mean_loss
-        progress.set_postfix({f"loss {name}": f"{value:.4f}" for name, value in sorted(smooth_loss.items())})
-        if options.log_with:
-            curves = {f"loss/{expert.name}": mean_loss, f"grad_norm/{expert.name}": grad_norm}
-            for group in expert.optimizer.param_groups:
-                curves[f"lr/{group['name']}"] = group["lr"]
-            if device.type == "cuda":
-                curves["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / GB
-            accelerator.log(curves | {"seconds_per_step": time.perf_counter() - started}, step=step)
-        done = step + 1
-        if held_out and accelerator.is_main_process:
-            if done % options.validate_camera_every == 0 or done == max_steps:
-                accelerator.log(validate(validation, filming, step=done), step=step)
-        if done < max_steps and options.save_every_n_steps and done % options.save_every_n_steps == 0:
-            save(f"-step{done:08d}", done)
-        elif done < max_steps and options.save_every_n_epochs:
-            epochs, rest = divmod(done, steps_per_epoch)
-            if rest == 0 and epochs % options.save_every_n_epochs == 0:
-                save(f"-{epochs:06d}", done)
-
-    save("", max_steps)
+            # ---- what a person sees and keeps ---------------------------------------------------------------------
+            if expert.name not in smooth_loss and placement.plan is not None and device.type == "cuda":
+                measured = torch.cuda.max_memory_allocated(device) / GB
+                tqdm.write(
+                    f"memory of tensors: planned {placement.plan.tensor_bytes / GB:.2f} GB, measured {measured:.2f} GB"
+                )
+            smooth_loss[expert.name] = 0.98 * smooth_loss.get(expert.name, mean_loss) + 0.02 * mean_loss
+            progress.set_postfix({f"loss {name}": f"{value:.4f}" for name, value in sorted(smooth_loss.items())})
+            if options.log_with:
+                curves = {f"loss/{expert.name}": mean_loss, f"grad_norm/{expert.name}": grad_norm}
+                for group in expert.optimizer.param_groups:
+                    curves[f"lr/{group['name']}"] = group["lr"]
+                if device.type == "cuda":
+                    curves["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / GB
+                accelerator.log(curves | {"seconds_per_step": time.perf_counter() - started}, step=step)
+            done = step + 1
+            if held_out and accelerator.is_main_process:
+                if done % options.validate_camera_every == 0 or done == max_steps:
+                    accelerator.log(validate(validation, filming, step=done), step=step)
+            if done < max_steps and options.save_every_n_steps and done % options.save_every_n_steps == 0:
+                save(f"-step{done:08d}", done)
+            elif done < max_steps and options.save_every_n_epochs:
+                epochs, rest = divmod(done, steps_per_epoch)
+                if rest == 0 and epochs % options.save_every_n_epochs == 0:
+                    save(f"-{epochs:06d}", done)
+            if done == max_steps:
+                save("", max_steps)
     accelerator.end_training()
 
 

@@ -17,10 +17,13 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import torch
+from torch import Tensor
 
 from core.errors import InputError
 from core.files import atomic_folder, fingerprint, read_safetensors, save_safetensors
@@ -30,35 +33,48 @@ VERSION = 1
 STATE_FILE = "state.json"
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatePart:
+    """What a state holds of one expert."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    network_settings: Mapping[str, str]
+    optimizer_settings: Mapping[str, str]
+
+
+def state_part(network: Network, optimizer: torch.optim.Optimizer) -> StatePart:
+    """What there is to save of an expert now; the tensors are the live ones, not copies."""
+    return StatePart(
+        weights=network.lora_state() | network.camera_state(),
+        optimizer=optimizer.state_dict(),
+        network_settings=network.metadata(),
+        optimizer_settings=_describe(network, optimizer),
+    )
+
+
 def save_state(
-    folder: Path,
-    *,
-    networks: Mapping[str, Network],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    step: int,
-    config: Mapping[str, object] | None = None,
+    folder: Path, parts: Mapping[str, StatePart], *, step: int, config: Mapping[str, object] | None = None
 ) -> None:
     """Write the state of a run, atomically; a state that is already there is replaced when the new one is whole.
 
     Args:
         folder: of the state, by convention one per step, beside the weights.
-        networks: by expert.
-        optimizers: by expert.
+        parts: by expert.
         step: optimizer steps done, of all experts together.
         config: what the run was started with, for people and for comparison; must go into JSON.
     """
     folder = Path(folder)
     _clear_leftovers(folder)
     with atomic_folder(folder) as temporary:
-        for expert, network in networks.items():
-            weights = network.lora_state() | network.camera_state()
-            save_safetensors(weights, temporary / f"{expert}.safetensors", network.metadata())
-            torch.save(optimizers[expert].state_dict(), temporary / f"{expert}_optimizer.pt")
+        for expert, part in parts.items():
+            save_safetensors(part.weights, temporary / f"{expert}.safetensors", part.network_settings)
+            torch.save(dict(part.optimizer), temporary / f"{expert}_optimizer.pt")
         state = {
             "version": VERSION,
             "step": step,
-            "networks": {expert: network.metadata() for expert, network in networks.items()},
-            "optimizers": {expert: _describe(networks[expert], optimizer) for expert, optimizer in optimizers.items()},
+            "networks": {expert: part.network_settings for expert, part in parts.items()},
+            "optimizers": {expert: part.optimizer_settings for expert, part in parts.items()},
             "files": {file.name: fingerprint(file) for file in sorted(temporary.iterdir())},
             "config": dict(config or {}),
         }

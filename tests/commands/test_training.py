@@ -1,6 +1,10 @@
 """Training as laws: resumed equals uninterrupted, swapped equals resident, both experts learn, files say it."""
 
 import json
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,10 @@ import torch
 
 from core.errors import InputError
 from core.files import read_safetensors
+from training.ending import Terminated
 from wan_ext.dit import WanDiT
+
+ROOT = Path(__file__).parents[2]
 
 HIGH, LOW = "net_high_noise.safetensors", "net_low_noise.safetensors"
 
@@ -134,6 +141,49 @@ def test_running_out_of_memory_saves_what_a_resumed_run_needs(world, monkeypatch
     state = Path(str(stop.value).split("--resume ")[1].split(";")[0])
     resumed = world.train("stopped", **PLANNED, resume=state)
     assert_same(weights_of(whole), weights_of(resumed))
+
+
+@pytest.mark.parametrize(
+    ("end", "raises"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (Terminated(), None),
+        (RuntimeError("CUDA error: unspecified launch failure\nmore"), InputError),
+    ],
+    ids=["ctrl_c", "sigterm", "lost_device"],
+)
+def test_a_run_that_is_ended_leaves_the_state_of_its_last_step(world, monkeypatch, end, raises):
+    whole = world.train("whole")
+    calls = []
+
+    def forward(*given, **names):
+        calls.append(1)
+        if len(calls) == 3:
+            raise end
+        return plain(*given, **names)
+
+    plain = WanDiT.forward
+    with monkeypatch.context() as once:
+        once.setattr(WanDiT, "forward", forward)
+        with pytest.raises(raises, match="resume" if raises is InputError else None) if raises else nullcontext():
+            world.train("ended")
+    resumed = world.train("ended", resume=world.folder / "ended" / "net-interrupted-state")
+    assert_same(weights_of(whole), weights_of(resumed))
+
+
+def test_sigterm_ends_a_run_with_code_0(world):
+    """As a scheduler does it: the command, in a process of its own."""
+    words = [sys.executable, str(ROOT / "train_network.py"), "--dataset_config", str(world.toml), "--device", "cpu"]
+    words += ["--mixed_precision", "no", "--optimizer_type", "AdamW", "--max_train_steps", "100000"]
+    words += ["--output_dir", str(world.folder / "term"), "--output_name", "net", "--network_dim", "4"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in iter(process.stderr.readline, ""):
+        if "step/s" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "go on with --resume" in said
+    assert json.loads((world.folder / "term" / "net-interrupted-state" / "state.json").read_text())["step"] >= 0
 
 
 def test_one_expert_alone_trains_only_that_one(world):

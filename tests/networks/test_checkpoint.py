@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from core.errors import InputError
-from networks.checkpoint import STATE_FILE, latest_state, load_state, read_state, save_state
+from networks.checkpoint import STATE_FILE, latest_state, load_state, read_state, save_state, state_part
+from networks.last_step import LastStep, is_lost
 from networks.network import Network
 from tests.networks.cases import VARIANTS, Clip, make_clip, make_dit, make_network, run
 from wan_ext.dit import WanDiT
@@ -52,7 +53,8 @@ class Run:
 
     def save(self, folder: Path, step: int = 2) -> None:
         config = {"seed": 1, "output_dir": folder}
-        save_state(folder, networks=self.networks, optimizers=self.optimizers, step=step, config=config)
+        parts = {expert: state_part(network, self.optimizers[expert]) for expert, network in self.networks.items()}
+        save_state(folder, parts, step=step, config=config)
 
     def load(self, folder: Path) -> int:
         return load_state(folder, networks=self.networks, optimizers=self.optimizers)
@@ -216,3 +218,54 @@ def test_no_state_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(InputError, match="expected a training state .* found none"):
             Run(kind="lora").load(folder)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_last_step_is_what_a_state_saved_then_holds(optimizer: str, tmp_path: Path) -> None:
+    """Copies are of one moment: what trains on afterwards changes none of them."""
+    ours = Run(optimizer)
+    last = LastStep(ours.networks, ours.optimizers, step=0)
+    for step in range(3):
+        ours.train(step, step + 1)
+        last.settle()
+        last.keep(list(ours.networks)[step % 2], step=step + 1)
+    parts, step = last.parts()
+    ours.save(tmp_path / "live", step=3)
+    ours.train(3, 5)
+    save_state(tmp_path / "copied", parts, step=step)
+    live, copied = Run(optimizer), Run(optimizer)
+    assert live.load(tmp_path / "live") == copied.load(tmp_path / "copied") == 3
+    assert equal(live.weights(), copied.weights()) and not equal(live.weights(), ours.weights())
+    assert live.train(3, STEPS) == copied.train(3, STEPS) and equal(live.weights(), copied.weights())
+
+
+def test_a_copy_that_never_arrived_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    class Lost:
+        def synchronize(self) -> None:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    ours = Run()
+    last = LastStep(ours.networks, ours.optimizers, step=0)
+    ours.train(0, 2)
+    last.keep("high", step=1)
+    last.keep("low", step=2)
+    before = last.parts()[0]["high"].weights
+    expected = {name: tensor.clone() for name, tensor in before.items()}
+    ours.train(2, 3)
+    last.keep("high", step=3)
+    last._copies["high"][-1].arrived = Lost()  # type: ignore[assignment]
+    parts, step = last.parts()
+    assert step == 2 and equal(dict(parts["high"].weights), expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("CUDA error: unspecified launch failure"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("shapes do not fit"), False),
+        (ValueError("CUDA error"), False),
+    ],
+)
+def test_what_a_lost_device_says(error: Exception, lost: bool) -> None:
+    assert is_lost(error) == lost
