@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from camera.estimate import EstimateFailed
 from core.errors import InputError
-from core.files import atomic_path, read_safetensors_header
+from core.files import atomic_path
 from core.model_files import resolve_model
 from core.processes import Process, this_process
 from dataset import cache
@@ -180,7 +180,7 @@ def report(options: Options, clips: list[Clip], failed: dict[str, str]) -> None:
             rows[clip.key] = {"failed": failed[clip.key]}
             print(f"  lost                                         {clip.key}")
             continue
-        row = rows[clip.key] = json.loads(read_safetensors_header(clip.camera_cache)[1]["estimate"])
+        row = rows[clip.key] = cache.read_estimate(clip)
         note = "  (turns only)" if row["rotation_only"] else ""
         print(
             f"{row['registered']:6d}  {row['reprojection_error_pixels']:8.2f}  {row['points']:6d}  "

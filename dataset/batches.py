@@ -85,6 +85,10 @@ class TrainingSet:
         flaws = [flaw for clip in self.clips if (flaw := self._flaw(clip, latent_channels, context_width))]
         if flaws:
             raise InputError(flaws[0] + (f" ({len(flaws)} of {len(self.clips)} clips)" if len(flaws) > 1 else ""))
+        kinds: tuple[cache.Kind, ...] = ("latents", "camera") if need_camera else ("latents",)
+        self._verified = {  # what stands there now: sources need not be compared again, nor be there
+            cache.cache_path(clip, kind): cache.recorded_checksum(clip, kind) for clip in self.clips for kind in kinds
+        }
 
     def batches(self, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, ...]]:
         """The batches of one process in one epoch, as positions in `clips`.
@@ -156,11 +160,13 @@ class TrainingSet:
                 encoder=self.vae,
                 condition_channels=self.condition_channels,
                 image_context=self.image_context,
-                check_source=False,
+                verified=self._verified[clip.latent_cache],
             )
             for clip in clips
         ]
-        paths = [cache.read_camera(clip, check_source=False) for clip in clips] if self.need_camera else []
+        paths = [
+            cache.read_camera(clip, verified=self._verified[clip.camera_cache]) for clip in clips if self.need_camera
+        ]
         spoken = [without_caption(clip) if drop else clip for clip, drop in zip(clips, dropped, strict=True)]
         contexts = [cache.read_text(clip, encoder=self.text_encoder) for clip in spoken]
         return Batch(

@@ -10,6 +10,8 @@ Three safetensors files belong to a clip (named in dataset/clips.py). Tensors an
 The metadata of a file is its provenance: fingerprints of the source and of the encoder, the frames taken, the resize
 and crop, the caption's hash, how the camera was read. A cache is current when every entry equals what the TOML and the
 files ask for today. Files are written under a temporary name and renamed, so a killed command leaves whole caches only.
+A checksum of everything in a file (dataset/checksum.py) is compared whenever its tensors are read: a flipped bit is an
+error that names the clip.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,13 +31,14 @@ from camera.files.formats import camera_files
 from camera.path import CameraPath
 from core.errors import InputError
 from core.files import fingerprint, read_safetensors, read_safetensors_header, save_safetensors, text_hash
+from dataset import checksum
 from dataset.buckets import Crop
 from dataset.clips import Clip
 from dataset.config import CAMERA_FILE_KEYS
 from dataset.video import list_frames
 
 Kind = Literal["latents", "text", "camera"]
-VERSIONS: dict[Kind, str] = {"latents": "1", "text": "1", "camera": "3"}
+VERSIONS: dict[Kind, str] = {"latents": "2", "text": "2", "camera": "4"}
 """Of the schema above. A change of a kind's keys, shapes, dtypes or provenance raises its number."""
 COMMANDS: dict[Kind, str] = {"latents": "cache_latents.py", "text": "cache_text.py", "camera": "cache_camera.py"}
 DTYPES: dict[Kind, dict[str, str]] = {
@@ -67,6 +70,7 @@ LABELS = {  # what a differing entry of the metadata means to a person
     "camera_fps": "another rate of the camera file",
     "fps": "another frame rate",
     "times": "other times of the frames",
+    "checksum": "the cache was exchanged after it was verified",
 }
 
 
@@ -163,7 +167,7 @@ def problem(
     encoder: str | None = None,
     condition_channels: int = 0,
     image_context: bool = False,
-    check_source: bool = True,
+    verified: str | None = None,
 ) -> str | None:
     """Why a cache cannot be used, from its header alone; None when it is current.
 
@@ -174,7 +178,8 @@ def problem(
             accepts any.
         condition_channels: channels of the first-frame condition that the model takes; 0: it takes none.
         image_context: whether the model needs CLIP features.
-        check_source: compare the source's content as well; False only where that has been done already.
+        verified: `recorded_checksum` of the cache when it was compared with its source. The source is then not looked
+            at again; the cache must be the same file.
 
     Returns:
         One line: the clip, the file, what was expected, what was found, and which command mends it.
@@ -195,13 +200,15 @@ def problem(
     except InputError as error:
         return f"{clip.key}: {error}; {advice}"
     if kind == "latents":
-        expected = _latents_provenance(clip, encoder, clip.crop, check_source=check_source)
+        expected = _latents_provenance(clip, encoder, clip.crop, check_source=verified is None)
     elif kind == "text":
         expected = _text_provenance(clip, encoder)
     else:
-        expected = _camera_provenance(clip, check_source=check_source)
+        expected = _camera_provenance(clip, check_source=verified is None)
         if encoder is not None:
             expected["estimator"] = encoder
+    if verified is not None:
+        expected[checksum.KEY] = verified
     for name, value in expected.items():
         if metadata.get(name) != value:
             label = (
@@ -228,7 +235,7 @@ def is_current(
 
 
 def damage(clip: Clip, kind: Kind) -> str | None:
-    """Why the content of a cache whose header is in order cannot be used: it is read whole, and must be finite."""
+    """Why the content of a cache whose header is in order cannot be used: read whole, it is not what was written."""
     try:
         _read(clip, kind, None)
     except InputError as error:
@@ -242,14 +249,14 @@ def read_latents(
     encoder: str | None = None,
     condition_channels: int = 0,
     image_context: bool = False,
-    check_source: bool = True,
+    verified: str | None = None,
 ) -> Latents:
     """Read the latent cache of a clip. Arguments as of `problem`.
 
     Raises:
         InputError: the cache is missing, damaged, not current, or holds a NaN or an infinity.
     """
-    tensors = _read(
+    tensors, _ = _read(
         clip,
         "latents",
         problem(
@@ -258,7 +265,7 @@ def read_latents(
             encoder=encoder,
             condition_channels=condition_channels,
             image_context=image_context,
-            check_source=check_source,
+            verified=verified,
         ),
     )
     return Latents(
@@ -270,13 +277,12 @@ def read_latents(
 
 def read_text(clip: Clip, *, encoder: str | None = None) -> Tensor:
     """Read the text cache of a clip: context [S, D] bfloat16. Raises InputError as `read_latents` does."""
-    return _read(clip, "text", problem(clip, "text", encoder=encoder))["context"]
+    return _read(clip, "text", problem(clip, "text", encoder=encoder))[0]["context"]
 
 
-def read_camera(clip: Clip, *, check_source: bool = True) -> CameraPath:
+def read_camera(clip: Clip, *, verified: str | None = None) -> CameraPath:
     """Read the camera cache of a clip. Raises InputError as `read_latents` does."""
-    tensors = _read(clip, "camera", problem(clip, "camera", check_source=check_source))
-    metadata = read_safetensors_header(clip.camera_cache)[1]
+    tensors, metadata = _read(clip, "camera", problem(clip, "camera", verified=verified))
     try:
         return CameraPath(
             c2w=tensors["c2w"],
@@ -291,6 +297,17 @@ def read_camera(clip: Clip, *, check_source: bool = True) -> CameraPath:
     except InputError as error:
         file = clip.camera_cache
         raise InputError(f"{clip.key}: {file}: {error}; delete it and re-run {COMMANDS['camera']}") from None
+
+
+def read_estimate(clip: Clip) -> dict[str, Any]:
+    """The figures that `write_camera` was given with an estimated path. Raises InputError as `read_latents` does."""
+    _, metadata = _read(clip, "camera", problem(clip, "camera"))
+    return json.loads(metadata["estimate"])
+
+
+def recorded_checksum(clip: Clip, kind: Kind) -> str:
+    """What a current cache says that it holds, from its header. Raises InputError where it cannot be read."""
+    return read_safetensors_header(cache_path(clip, kind))[1][checksum.KEY]
 
 
 def cached_encoder(clip: Clip, kind: Literal["latents", "text"]) -> str | None:
@@ -410,17 +427,22 @@ def _write(clip: Clip, kind: Kind, tensors: dict[str, Tensor], metadata: dict[st
     flaw = _layout_flaw(clip, kind, layout)
     if flaw:
         raise ValueError(f"{clip.key}: {kind} cache: {flaw}")
-    save_safetensors(tensors, cache_path(clip, kind), metadata)
+    save_safetensors(tensors, cache_path(clip, kind), checksum.with_checksum(tensors, metadata))
 
 
-def _read(clip: Clip, kind: Kind, flaw: str | None) -> dict[str, Tensor]:
+def _read(clip: Clip, kind: Kind, flaw: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file, once it holds what was written."""
     if flaw:
         raise InputError(flaw)
     file = cache_path(clip, kind)
-    tensors, _ = read_safetensors(file)
+    advice = f"{file} is damaged; delete it and re-run {COMMANDS[kind]}"
+    tensors, metadata = read_safetensors(file)
     for name, tensor in tensors.items():
-        _require_finite(clip, name, tensor, f"{file} is damaged; delete it and re-run {COMMANDS[kind]}")
-    return tensors
+        _require_finite(clip, name, tensor, advice)
+    recorded, found = metadata.get(checksum.KEY), checksum.checksum_of(tensors, metadata)
+    if recorded != found:
+        raise InputError(f"{clip.key}: expected a content of checksum {recorded or '(none)'}, found {found}; {advice}")
+    return tensors, metadata
 
 
 def _require_finite(clip: Clip, name: str, tensor: Tensor, consequence: str) -> None:

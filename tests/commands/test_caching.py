@@ -12,11 +12,12 @@ from tests.commands.conftest import TINY
 
 
 def content(files):
-    """What caches hold: metadata without the path of the source, and the bytes of the tensors."""
+    """What caches hold: metadata without the path of the source and the checksum, which counts it, and the tensors."""
     found = {}
     for file in files:
         tensors, metadata = read_safetensors(file)
-        metadata.pop("source", None)
+        for name in ("source", "checksum"):
+            metadata.pop(name, None)
         found[file.name] = (
             metadata,
             {name: x.contiguous().view(torch.uint8).numpy().tobytes() for name, x in tensors.items()},

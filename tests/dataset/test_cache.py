@@ -135,7 +135,7 @@ def test_a_changed_source(world, clip):
     data[-1] ^= 1
     clip.source.write_bytes(data)
     assert "source file has changed" in refusal(clip, "latents")
-    cache.read_latents(clip, check_source=False)  # for batches, whose sources were compared at the start
+    cache.read_latents(clip, verified=cache.recorded_checksum(clip, "latents"))  # compared at the start of a training
 
 
 def test_a_changed_frame_of_a_scene_counts_and_what_else_lies_there_does_not(world):

@@ -14,6 +14,7 @@ from camera.files.formats import write_ten
 from camera.moves.trajectories import truck
 from camera.path import CameraPath, inverse_poses
 from core.files import read_safetensors, save_safetensors
+from dataset.checksum import with_checksum
 from dataset.clips import Clip, list_clips
 from dataset.config import read_dataset_config
 from dataset.video import write_video
@@ -124,7 +125,9 @@ def latents(clip: Clip, seed: int = 0, channels: int = 16) -> Tensor:
 
 
 def edit(file: Path, tensors: dict[str, Tensor | None] | None = None, **metadata: str | None) -> None:
-    """Write a cache file with some tensors or entries of the metadata exchanged; None takes one out."""
+    """Write a cache file with some tensors or entries of the metadata exchanged, as if it were so on purpose: with a
+    checksum that fits. None takes one out."""
     old_tensors, old_metadata = read_safetensors(file)
     new_tensors = {k: v for k, v in (old_tensors | (tensors or {})).items() if v is not None}
-    save_safetensors(new_tensors, file, {k: v for k, v in (old_metadata | metadata).items() if v is not None})
+    new_metadata = {k: v for k, v in (old_metadata | metadata).items() if v is not None}
+    save_safetensors(new_tensors, file, with_checksum(new_tensors, new_metadata))
