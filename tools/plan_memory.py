@@ -64,25 +64,25 @@ if __name__ == "__main__":
 
 from core.errors import InputError
 from core.files import atomic_path
-from memory.machine import device_bytes, host_bytes, parse_bytes
-from memory.plan import DRIVER_BYTES, GB, MemoryPlan
+from memory.card import find_card
+from memory.machine import host_bytes, parse_bytes
+from memory.plan import MemoryPlan
 from memory.plan_table import plan_record, plan_table
-from memory.rates import RateProfile, find_rates
 from wan_ext.configs import get_variant
 from wan_ext.planning import plan_generation, plan_training
 
 
 def main(options: Options) -> None:
-    plan, notes = plan_for(options)
+    plan, note = plan_for(options)
     print(plan_table(plan))
-    for note in notes:
+    if note:
         print(f"\nnote: {note}")
     if options.json is not None:
         with atomic_path(options.json) as temporary:
             temporary.write_text(json.dumps(plan_record(plan), indent=1) + "\n", encoding="utf-8")
 
 
-def plan_for(options: Options) -> tuple[MemoryPlan, list[str]]:
+def plan_for(options: Options) -> tuple[MemoryPlan, str | None]:
     """The plan of the options, and what was assumed for it."""
     variant = get_variant(options.task)
     for name in ("batch_size", "rank"):
@@ -91,7 +91,7 @@ def plan_for(options: Options) -> tuple[MemoryPlan, list[str]]:
     height, width = (variant.height, variant.width) if options.size is None else read_size(options.size)
     frames = variant.num_frames if options.frames is None else options.frames
     recipe = None if options.recipe == "none" else options.recipe
-    rates, vram, notes = read_card(options)
+    card = find_card(vram=options.vram, gpu=options.gpu)
     ram = host_bytes() if options.ram is None else parse_bytes(options.ram, "--ram")
     if options.generate:
         plan = plan_generation(
@@ -100,13 +100,13 @@ def plan_for(options: Options) -> tuple[MemoryPlan, list[str]]:
             height=height,
             width=width,
             recipe=recipe,
-            vram_bytes=vram,
+            vram_bytes=card.vram_bytes,
             ram_bytes=ram,
-            rates=rates,
+            rates=card.rates,
             from_file=options.from_file,
             blocks_to_swap=options.blocks_to_swap,
         )
-        return plan, notes
+        return plan, card.note
     if options.experts not in ("both", *variant.experts):
         raise InputError(f"--experts {options.experts}: {variant.name} has one expert, called low")
     plan = plan_training(
@@ -118,14 +118,14 @@ def plan_for(options: Options) -> tuple[MemoryPlan, list[str]]:
         rank=options.rank,
         experts=variant.experts if options.experts == "both" else (options.experts,),
         recipe=recipe,
-        vram_bytes=vram,
+        vram_bytes=card.vram_bytes,
         ram_bytes=ram,
-        rates=rates,
+        rates=card.rates,
         optimizer=options.optimizer_type,
         from_file=options.from_file,
         blocks_to_swap=options.blocks_to_swap,
     )
-    return plan, notes
+    return plan, card.note
 
 
 def read_size(text: str) -> tuple[int, int]:
@@ -134,33 +134,6 @@ def read_size(text: str) -> tuple[int, int]:
     if found is None:
         raise InputError(f"--size: expected height x width such as 480x832, found {text!r}")
     return int(found[1]), int(found[2])
-
-
-def read_card(options: Options) -> tuple[RateProfile, int, list[str]]:
-    """The rates to reckon with, the device memory to plan for, and what had to be assumed."""
-    given = None if options.vram is None else parse_bytes(options.vram, "--vram")
-    if options.gpu is not None:
-        rates = find_rates(options.gpu)
-        if given is not None and given > rates.vram_bytes:
-            raise InputError(
-                f"--vram {options.vram}: expected at most the {rates.vram_bytes / GB:.1f} GB of a {rates.name}"
-            )
-        return rates, given or rates.vram_bytes, []
-    here = device_bytes(DRIVER_BYTES)
-    if here is None:
-        if given is None:
-            raise InputError(
-                "--vram: expected a size such as --vram 24GB or a card such as --gpu 4090, because this machine has no "
-                "CUDA device to measure"
-            )
-        return find_rates("4090"), given, ["seconds are those of a 4090; --gpu names another card"]
-    name, total, free = here
-    if given is not None and given > total:
-        raise InputError(f"--vram {options.vram}: expected at most the {total / GB:.1f} GB of this {name}")
-    try:
-        return find_rates(name), given or free, []
-    except InputError:  # memory does not depend on the rates, so that the plan holds
-        return find_rates("4090"), given or free, [f"seconds are those of a 4090: nothing is known of a {name}; --gpu"]
 
 
 if __name__ == "__main__":

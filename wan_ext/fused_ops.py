@@ -24,7 +24,6 @@ Gains, shifts and gates have one row for all tokens of a clip, or one for each l
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 import warnings
 from collections.abc import Iterator
@@ -34,6 +33,8 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from memory.kernels import available
 
 GELU = "tanh"
 
@@ -45,23 +46,23 @@ def ops_for(device: torch.device) -> ModuleType:
         device: of the tensors.
 
     Returns:
-        A module with the functions of this one: `wan_ext.kernels` on CUDA, else this one.
+        A module with the functions of this one: `wan_ext.kernels` where Triton's kernels run, else this one.
     """
-    if device.type == "cuda" and _triton_is_installed():
+    if available(device):
         return importlib.import_module("wan_ext.kernels")
+    if device.type == "cuda":
+        _warn_once()
     return sys.modules[__name__]
 
 
 @cache
-def _triton_is_installed() -> bool:
-    if importlib.util.find_spec("triton") is not None:
-        return True
+def _warn_once() -> None:
     warnings.warn(
-        "triton is not installed: norms, rotations and gates run as separate PyTorch operations, which makes a "
-        "training step up to 1.6 times as long; install triton (Windows: triton-windows)",
-        stacklevel=2,
+        "Triton's kernels do not run here (they need an NVIDIA card from Ampere on and triton; Windows: "
+        "triton-windows): norms, rotations and gates run as separate PyTorch operations, which makes a training step "
+        "up to 1.6 times as long",
+        stacklevel=3,
     )
-    return False
 
 
 def norm_modulate_forward(

@@ -182,18 +182,18 @@ def test_bad_input_gets_one_line(changes: dict, message: str) -> None:
 
 
 def test_without_a_card_the_size_has_to_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.plan_memory.device_bytes", lambda own: None)
+    monkeypatch.setattr("memory.card.device_bytes", lambda own: None)
     with pytest.raises(InputError, match="--vram"):
         plan_for(options(vram=None, gpu=None))
-    plan, notes = plan_for(options(gpu=None))
-    assert plan.rates.name == "4090" and "--gpu" in notes[0]
+    plan, note = plan_for(options(gpu=None))
+    assert plan.rates.name == "4090" and note and "--gpu" in note
 
 
 def test_a_card_in_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     here = ("NVIDIA GeForce RTX 3090", 24 * GB, 20 * GB)
-    monkeypatch.setattr("tools.plan_memory.device_bytes", lambda own: here)
-    plan, notes = plan_for(options(vram=None, gpu=None))
-    assert plan.limits.vram_bytes == 20 * GB and plan.rates.name == "3090" and not notes
+    monkeypatch.setattr("memory.card.device_bytes", lambda own: here)
+    plan, note = plan_for(options(vram=None, gpu=None))
+    assert plan.limits.vram_bytes == 20 * GB and plan.rates.name == "3090" and note is None
     with pytest.raises(InputError, match="at most the 24.0 GB"):
         plan_for(options(vram="25GB", gpu=None))
 
