@@ -32,7 +32,7 @@ def checksum_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> s
     entries = sorted((name, text) for name, text in metadata.items() if name != KEY)
     digest = hashlib.blake2b(json.dumps([layout, entries]).encode(), digest_size=8)
     for _, tensor in sorted(tensors.items()):
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return f"blake2b:{digest.hexdigest()}"
 
 

@@ -10,12 +10,11 @@ describes each. Imports no torch, so that commands can read a config before they
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import toml
 
 from camera.files.settings import CAMERA_SUFFIXES, CameraFileSettings
 from camera.files.settings import KEYS as SETTING_KEYS
@@ -23,6 +22,11 @@ from camera.scale import PER_CLIP
 from core.errors import InputError, nearest
 from dataset.extraction import Extraction
 from dataset.keys import ELSEWHERE, EXTRACTION_KEYS, KEYS, SOURCES, MediaKind
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 MODEL_KEYS = ("task", "ckpt_dir", "dit", "dit_high_noise", "vae", "t5", "tokenizer", "clip")
 RESAMPLED_FPS = 16.0  # the rate that source_fps alone asks for, as in musubi-tuner: Wan 14B and 1.3B were trained at it
@@ -160,13 +164,13 @@ def _parse(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: expected a dataset TOML, found {'a folder' if path.is_dir() else 'nothing'}")
     try:
-        return toml.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected text in UTF-8, found a byte that is not, at {error.start}") from None
-    except toml.TomlDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: expected TOML, found a mistake: {error.msg}") from None
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:  # what toml 0.10 raises on some
-        raise InputError(f"{path}: expected TOML, found a mistake that the parser cannot place ({error!r})") from None
+    except tomllib.TOMLDecodeError as error:  # says the line and column at its end
+        raise InputError(f"{path}: expected TOML, found a mistake: {error}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise InputError(f"{path}: expected TOML, found what cannot be read ({error})") from None
 
 
 def _require_table(path: Path, where: str, table: Any) -> None:
