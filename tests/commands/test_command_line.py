@@ -41,7 +41,7 @@ def test_a_misspelt_flag_is_named():
         (lambda text: text.replace("task =", "# task ="), ["--task", "[model]"]),
         (lambda text: text.replace("[48, 32]", "[50, 32]"), ["resolution", "16"]),
         (lambda text: text.replace("/videos", "/vidoes"), ["video_directory", "vidoes"]),
-        (lambda text: text + "[[datasets", ["dataset.toml", "line"]),
+        (lambda text: "[[datasets\n" + text, ["dataset.toml", "line 1"]),
     ],
 )
 def test_a_mistake_in_the_toml_is_one_line(world, change, named):
