@@ -107,6 +107,7 @@ def windows(
         elif extraction == "slide":
             starts = list(range(0, last_start + 1, stride))
         else:
+            samples = min(samples, last_start + 1)  # that many are all there are
             starts = [round(last_start * sample / max(1, samples - 1)) for sample in range(samples)]
         found += [range(start, start + length) for start in starts]
     return list(dict.fromkeys(found))

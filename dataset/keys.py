@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ ELSEWHERE = {
     "fp_1f_no_post": "it belongs to FramePack",
 }
 """Keys of musubi-tuner for other models than Wan, and why they stand for nothing here."""
+FRAME_RATES = (1e-3, 1e5)  # a time lapse of one frame in a quarter of an hour; the fastest cameras
+LARGEST_SIDE = 2**15  # pixels
 
 
 def whole(value: Any) -> int:
@@ -44,8 +47,9 @@ def whole(value: Any) -> int:
 
 
 def frame_rate(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
-        raise ValueError("a number of frames per second above 0")
+    slowest, fastest = FRAME_RATES
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (slowest <= value <= fastest):
+        raise ValueError(f"a number of frames per second above 0, {slowest:g} to {fastest:g}")
     return float(value)
 
 
@@ -64,19 +68,29 @@ def text(value: Any) -> str:
 def some_path(value: Any) -> Path:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a path in quotes")
-    return Path(value).expanduser()
+    try:
+        path = Path(value).expanduser()
+        path.resolve(strict=False).exists()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # too long, a zero byte, a ~user that is nobody, a loop of links
+        raise ValueError(f"a path that can be looked for ({error})") from None
+    return path
 
 
 def extension(value: Any) -> str:
-    if not isinstance(value, str) or not value.startswith(".") or len(value) < 2 or "/" in value:
+    if not isinstance(value, str) or not re.fullmatch(r"\.[^/\0]{1,30}", value):
         raise ValueError('a file extension with its dot, such as ".txt"')
     return value
 
 
 def image_size(value: Any) -> tuple[int, int]:
     sides = [value, value] if isinstance(value, int) else value
-    if not isinstance(sides, list) or len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-        raise ValueError("[width, height] in whole pixels, or one number for a square")
+    known = isinstance(sides, list) and len(sides) == 2 and all(type(side) is int for side in sides)
+    if not known or not all(1 <= side <= LARGEST_SIDE for side in sides):
+        raise ValueError(f"[width, height] in whole pixels of at most {LARGEST_SIDE}, or one number for a square")
     return sides[1], sides[0]  # height before width from here on
 
 

@@ -20,6 +20,7 @@ from camera.moves.tagged_text import caption_of
 from core.errors import InputError, fail, listing, nearest
 from core.files import text_hash
 from dataset.config import AnyDataset, FramesDataset, ImageDataset, VideoDataset
+from dataset.keys import some_path
 from dataset.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 
@@ -162,17 +163,18 @@ def _source_of_line(at: str, text: str, dataset: VideoDataset | ImageDataset) ->
     is_video = isinstance(dataset, VideoDataset)
     path_key = "video_path" if is_video else "image_path"
     entry = _entry(at, text, (path_key, "caption", "camera") if is_video else (path_key, "caption"))
-    path = Path(_required_text(at, entry, path_key)).expanduser()
+    path = _required_path(at, entry, path_key)
     if not path.exists():
         raise InputError(f"{at} {path_key}: expected a file at {path}, found nothing; paths start at {Path.cwd()}")
-    camera = Path(_required_text(at, entry, "camera")).expanduser() if "camera" in entry else None
+    camera = _required_path(at, entry, "camera") if "camera" in entry else None
     if camera is not None and isinstance(dataset, VideoDataset) and dataset.camera.estimate:
         raise InputError(f"{at} camera: does nothing with estimate_camera = true; remove one of the two")
     if camera is not None and not camera.exists():
         raise InputError(f"{at} camera: expected a file at {camera}, found nothing; paths start at {Path.cwd()}")
-    if not isinstance(entry.get("caption"), str):
-        raise InputError(f"{at} caption: expected text, found {entry.get('caption')!r}")
-    return Source(path=path, name=_unique_name(path), caption=caption_of(entry["caption"]), camera=camera)
+    caption = entry.get("caption")
+    if not isinstance(caption, str) or not _is_unicode(caption):
+        raise InputError(f"{at} caption: expected text, found {caption!r}")
+    return Source(path=path, name=_unique_name(path), caption=caption_of(caption), camera=camera)
 
 
 def _lines(where: str, file: Path) -> list[str]:
@@ -189,24 +191,40 @@ def _lines(where: str, file: Path) -> list[str]:
 
 def _entry(at: str, text: str, known: Sequence[str]) -> dict[str, Any]:
     try:
-        entry = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        entry = json.loads(text, object_pairs_hook=lambda pairs: _without_twins(at, pairs))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{at}: expected one JSON object, found a mistake ({error})") from None
     if not isinstance(entry, dict):
-        raise InputError(f"{at}: expected a JSON object such as {{{known[0]!r}: ...}}, found {text.strip()[:40]}")
+        raise InputError(f"{at}: expected a JSON object such as {{{known[0]!r}: ...}}, found {text.strip()[:40]!r}")
     for key in entry:
         if key.startswith("control_path"):
-            raise InputError(f"{at} {key}: no model here takes a control video or image; remove it")
+            raise InputError(f"{at} control_path: no model here takes a control video or image; remove it")
         if key not in known:
             raise InputError(f"{at}: unknown key {key!r}{nearest(key, known)}; expected {', '.join(known)}")
     return entry
 
 
-def _required_text(at: str, entry: dict[str, Any], key: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise InputError(f"{at} {key}: expected a path, found {value!r}")
-    return value
+def _without_twins(at: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{at}: expected every key once, found {twin!r} twice")
+    return entry
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text is more than an escape such as \\ud800, half a character, which no file can hold."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _required_path(at: str, entry: dict[str, Any], key: str) -> Path:
+    try:
+        return some_path(entry.get(key))
+    except ValueError as error:
+        raise InputError(f"{at} {key}: expected {error}, found {entry.get(key)!r}") from None
 
 
 def _unique_name(path: Path) -> str:

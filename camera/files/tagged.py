@@ -49,7 +49,10 @@ def is_tagged_file(file: Path) -> bool:
 
 def tagged_pose_frame(file: Path) -> PoseFrame | None:
     """The pose frame of a tagged text: tags describe a motion; a named file says it itself, or does not."""
-    named = trajectory_file(_text(file))
+    try:
+        named = trajectory_file(_text(file))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     return "first" if named is None else mapping_notes(read_safetensors_metadata(file.parent / named), file).pose_frame
 
 

@@ -158,7 +158,7 @@ def trajectory_file(text: str) -> Path | None:
         return None
     names = [name.strip() for name in _TRAJECTORY.findall(text)]
     if len(names) != 1 or text.count("#trajectory") != 1 or not names[0]:
-        raise InputError(f"tagged camera text: expected one #trajectory:{{file}}, found {text.strip()!r}")
+        raise InputError(f"tagged camera text: expected one #trajectory:{{file}}, found {text.strip()[:60]!r}")
     return Path(names[0])
 
 
