@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
-from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
 from core.errors import InputError
@@ -50,6 +48,8 @@ def interpolate(c2w: Tensor, K: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     poses, intrinsics = c2w[before].clone(), K[before].clone()  # exact at frames, not only to rounding
     if is_frame.all():
         return poses, intrinsics
+    from scipy.spatial.transform import Rotation, Slerp  # here: training without such times needs no scipy
+
     knots, between = np.arange(len(c2w)), times[~is_frame].numpy()
     rotations = Rotation.from_matrix(c2w[:, :3, :3].numpy())
     turns = (rotations[:-1].inv() * rotations[1:]).magnitude()  # [T - 1] radians
@@ -70,4 +70,6 @@ def interpolate(c2w: Tensor, K: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pchip(knots: np.ndarray, values: Tensor, times: np.ndarray) -> Tensor:
+    from scipy.interpolate import PchipInterpolator
+
     return torch.from_numpy(PchipInterpolator(knots, values.numpy(), axis=0)(times))

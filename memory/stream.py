@@ -193,7 +193,8 @@ class StreamedBlocks:
         maths: how each block computes, streamed or resident.
         store: where `x` and what the maths keeps wait for backward; None: autograd keeps them.
         masters: "pinned" packs the weights into pinned host memory; "mapped" leaves them where they are on the host, in
-            a memory-mapped file for instance, and copies them through two pinned buffers.
+            a memory-mapped file for instance, and copies them through two pinned buffers; or masters that were
+            made before, of these blocks: those of the others must be bound to device memory meanwhile.
 
     Attributes:
         streamed: their numbers, ascending.
@@ -215,7 +216,7 @@ class StreamedBlocks:
         ring: Ring | None = None,
         maths: BlockMaths | None = None,
         store: "Store | None" = None,
-        masters: Kind = "pinned",
+        masters: Kind | HostMasters = "pinned",
     ) -> None:
         self._blocks = tuple(blocks)
         self.streamed = tuple(sorted(set(streamed)))
@@ -229,7 +230,10 @@ class StreamedBlocks:
             needed = max(flat_bytes(self._blocks[number]) for number in self.streamed)
             if ring is not None and ring.slot_bytes < needed:
                 raise ValueError(f"ring: expected slots of at least {needed} bytes, found {ring.slot_bytes}")
-            self._masters = HostMasters(self._blocks, self.streamed, operations, place=place, kind=masters)
+            if isinstance(masters, HostMasters):
+                self._masters = masters
+            else:
+                self._masters = HostMasters(self._blocks, self.streamed, operations, place=place, kind=masters)
             self._ring = ring or Ring(operations, needed, min(SLOTS, len(self.streamed)))
             self.host_bytes, self.device_bytes = self._masters.num_bytes, self._ring.num_bytes
         for number, block in enumerate(self._blocks):
