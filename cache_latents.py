@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,9 @@ class Options:
     """Remove caches that belong to no clip of the config. They are named otherwise."""
     keep_cache: bool = False
     """Keep caches that belong to no clip: the default."""
+    reuse_musubi_caches: bool = False
+    """Take over latents that musubi-tuner has left in the cache directories, where they fit; encode the others. Of each
+    data set and size one clip is encoded all the same, and must agree."""
 
 
 if __name__ == "__main__":
@@ -67,9 +70,10 @@ from core.model_files import resolve_model
 from core.processes import this_process
 from dataset import cache
 from dataset.buckets import Crop
-from dataset.caching import Todo, find_todo, prune_wanted, say, tidy
+from dataset.caching import Todo, find_todo, prune_wanted, say, say_reused, tidy
 from dataset.clips import Clip, list_clips
 from dataset.config import read_dataset_config
+from dataset.musubi_caches import reuse_latents
 from dataset.prefetch import run_ahead
 from dataset.video import read_clip, read_clips
 from wan_ext.condition import encode_first_frame
@@ -113,30 +117,57 @@ def main(options: Options) -> None:
         files = resolve_model(flags, table=config.model, table_source=options.dataset_config, needs=("vae", "clip"))
         clip_encoder = load_image_encoder(files.clip, variant.image_encoder, device=device)
 
-    started, pixels = time.perf_counter(), 0
-    progress = tqdm(total=len(todo.mine), desc="latents", unit="clip", disable=not process.is_main)
-    for batch in batches_of(todo, options.batch_size, threads=options.num_workers):
-        video = to_video(torch.stack([frames for _, frames in batch])).to(device)  # [B, 3, T, H, W]
-        latents = vae.encode(video).cpu()  # [B, C, F, h, w]
-        for place, (clip, _) in enumerate(batch):
+    def encode(frames: list[Tensor]) -> list[cache.Latents]:
+        """Clips of one size, each uint8 [T, H, W, 3]."""
+        video = to_video(torch.stack(frames).to(device))  # [B, 3, T, H, W]
+        encoded = []
+        for place, latents in enumerate(vae.encode(video).cpu()):
             condition = image_context = None
             if variant.dit.condition_channels:
                 first = video[place, :, 0]  # [3, H, W]
                 condition = encode_first_frame(vae.encode, first, video.shape[2], variant).cpu()  # [Cc, F, h, w]
             if clip_encoder is not None:
                 image_context = clip_encoder.encode(video[place : place + 1, :, 0])[0].cpu()  # [257, 1280]
+            encoded.append(cache.Latents(latents=latents, condition=condition, image_context=image_context))
+        return encoded
+
+    if options.reuse_musubi_caches:
+        stride, height, width = variant.vae.stride
+        reused = reuse_latents(
+            todo.mine,
+            lambda frames: encode([frames])[0],
+            all_clips=clips,
+            encoder=encoder,
+            shape=lambda clip: (
+                variant.vae.z_dim,
+                (clip.num_frames - 1) // stride + 1,
+                clip.height // height,
+                clip.width // width,
+            ),
+            **needs,
+        )
+        say_reused(reused, what="clips")
+        todo = replace(todo, mine=reused.left)
+        if not todo.mine and not todo.others:
+            return
+
+    started, pixels = time.perf_counter(), 0
+    progress = tqdm(total=len(todo.mine), desc="latents", unit="clip", disable=not process.is_main)
+    for batch in batches_of(todo, options.batch_size, threads=options.num_workers):
+        for (clip, _), found in zip(batch, encode([frames for _, frames in batch]), strict=True):
             cache.write_latents(
                 clip,
-                latents[place],
-                condition=condition,
-                image_context=image_context,
+                found.latents,
+                condition=found.condition,
+                image_context=found.image_context,
                 encoder=encoder,
                 crop=clip.crop,
             )
             pixels += clip.num_frames * clip.height * clip.width
             progress.update()
     progress.close()
-    print(f"encoded at {pixels / 1e6 / (time.perf_counter() - started):.3g} megapixels a second")
+    if pixels:
+        print(f"encoded at {pixels / 1e6 / (time.perf_counter() - started):.3g} megapixels a second")
 
 
 def batches_of(todo: Todo, batch_size: int, *, threads: int) -> Iterator[list[tuple[Clip, Tensor]]]:
@@ -157,7 +188,7 @@ def batches_of(todo: Todo, batch_size: int, *, threads: int) -> Iterator[list[tu
 
 def to_video(frames: Tensor) -> Tensor:
     """uint8 [B, T, H, W, 3] -> float32 in [-1, 1] [B, 3, T, H, W]."""
-    return rearrange(frames.float() / 127.5 - 1, "b t h w c -> b c t h w")
+    return rearrange(frames.float().div_(127.5).sub_(1), "b t h w c -> b c t h w")  # in place: four bytes a number
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ One safetensors file per clip with the features of its caption, cut to the capti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.options import parse_options, run
@@ -42,6 +42,9 @@ class Options:
     """Remove caches that belong to no clip of the config. They are named otherwise."""
     keep_cache: bool = False
     """Keep caches that belong to no clip: the default."""
+    reuse_musubi_caches: bool = False
+    """Take over the captions that musubi-tuner has encoded in the cache directories; encode the others. Of each data
+    set one caption is encoded all the same, and must agree."""
 
 
 if __name__ == "__main__":
@@ -54,9 +57,10 @@ from core.files import fingerprint
 from core.model_files import resolve_model
 from core.processes import this_process
 from dataset import cache
-from dataset.caching import find_todo, prune_wanted, say, tidy
+from dataset.caching import find_todo, prune_wanted, say, say_reused, tidy
 from dataset.clips import Clip, list_clips, without_caption
 from dataset.config import read_dataset_config
+from dataset.musubi_caches import reuse_text
 from memory.quant import RECIPES
 from wan_ext.configs import get_variant
 from wan_ext.text_encoder import load_text_encoder
@@ -101,6 +105,19 @@ def main(options: Options) -> None:
         device=device,
         recipe=RECIPES["fp8"] if options.fp8_t5 else None,
     )
+    if options.reuse_musubi_caches:
+        reused = reuse_text(
+            todo.mine,
+            lambda caption: text_encoder.encode([caption])[0].cpu(),
+            all_clips=clips,
+            encoder=encoder,
+            longest=variant.dit.text_len,
+            width=variant.text_encoder.dim,
+        )
+        say_reused(reused, what="captions")
+        todo = replace(todo, mine=reused.left)
+        if not todo.mine and not todo.others:
+            return
     for clip in tqdm(todo, total=len(todo.mine), desc="text", unit="caption", disable=not process.is_main):
         (context,) = text_encoder.encode([clip.caption])  # [S, D]
         cache.write_text(clip, context.cpu(), encoder=encoder)

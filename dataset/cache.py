@@ -106,6 +106,7 @@ def write_latents(
     crop: Crop,
     condition: Tensor | None = None,
     image_context: Tensor | None = None,
+    origin: str | None = None,
 ) -> None:
     """Write the latent cache of a clip.
 
@@ -116,22 +117,25 @@ def write_latents(
         crop: what `read_clip` applied.
         condition: image-to-video channels, [Cc, F, H, W].
         image_context: CLIP features of the first frame, [tokens, width].
+        origin: the file of another program that they were read from; for people, no part of the provenance.
 
     Raises:
         InputError: a NaN or an infinity in a tensor; the message names the clip.
     """
     tensors = {"latents": latents, "condition": condition, "image_context": image_context}
-    metadata = {**_latents_provenance(clip, encoder, crop), "source": str(clip.source)}
+    metadata = {**_latents_provenance(clip, encoder, crop), "source": str(clip.source), **_origin(origin)}
     _write(clip, "latents", {k: v.float() for k, v in tensors.items() if v is not None}, metadata)
 
 
-def write_text(clip: Clip, context: Tensor, *, encoder: str) -> None:
+def write_text(clip: Clip, context: Tensor, *, encoder: str, origin: str | None = None) -> None:
     """Write the text cache of a clip: its caption's features [S, D]. Clips of one source and caption share the file.
+
+    `origin` as of `write_latents`.
 
     Raises:
         InputError: a NaN or an infinity; the message names the clip.
     """
-    metadata = {**_text_provenance(clip, encoder), "caption": clip.caption}
+    metadata = {**_text_provenance(clip, encoder), "caption": clip.caption, **_origin(origin)}
     _write(clip, "text", {"context": context.to(torch.bfloat16)}, metadata)
 
 
@@ -320,6 +324,10 @@ def cached_encoder(clip: Clip, kind: Literal["latents", "text"]) -> str | None:
 def cached_shape(clip: Clip, kind: Kind, name: str) -> tuple[int, ...]:
     """The shape of one tensor of a cache, from its header. Raises InputError where it cannot be read."""
     return read_safetensors_header(cache_path(clip, kind))[0][name][1]
+
+
+def _origin(file: str | None) -> dict[str, str]:
+    return {} if file is None else {"origin": file}
 
 
 def _provenance(kind: Kind) -> dict[str, str]:

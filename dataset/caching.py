@@ -16,6 +16,7 @@ from core.processes import Process, share_of
 from dataset import cache
 from dataset.cache import Kind
 from dataset.clips import Clip
+from dataset.musubi_caches import Reused
 
 SHOWN = 5  # reasons and files that are printed one by one
 
@@ -100,6 +101,15 @@ def say(todo: Todo, *, what: str, process: Process, write: Callable[[str], None]
         write(f"written again: {reason}")
     if len(todo.stale) > SHOWN:
         write(f"written again: {len(todo.stale) - SHOWN} more")
+
+
+def say_reused(reused: Reused, *, what: str, write: Callable[[str], None] = print) -> None:
+    """Print what musubi-tuner's caches gave to this process, and why the others are encoded."""
+    write(f"{len(reused.clips)} {what} taken over from musubi-tuner's caches, {len(reused.left)} left to encode")
+    for reason in reused.reasons[:SHOWN]:
+        write(f"encoded: {reason}")
+    if len(reused.reasons) > SHOWN:
+        write(f"encoded: {len(reused.reasons) - SHOWN} more")
 
 
 def tidy(clips: Sequence[Clip], kind: Kind, *, prune: bool, process: Process) -> None:

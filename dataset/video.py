@@ -7,7 +7,7 @@ the next one is decoded, so memory holds the clip as it will be encoded and one 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -165,13 +165,16 @@ def read_clip(clip: Clip) -> tuple[Tensor, Crop]:
     return frames, clip.crop
 
 
-def read_clips(clips: Sequence[Clip]) -> Iterator[tuple[Clip, Tensor]]:
+def read_clips(
+    clips: Sequence[Clip], resize: Callable[[np.ndarray, Crop], np.ndarray] | None = None
+) -> Iterator[tuple[Clip, Tensor]]:
     """The frames of several clips of one source, decoded in one pass.
 
     Memory holds the clips that are begun and not yet complete; frames that they share are held once.
 
     Args:
         clips: of one source and one crop.
+        resize: brings a frame to its size; None: `resize_frame`.
 
     Yields:
         Each clip when its last frame is decoded, with its frames, uint8 [T, H, W, 3] in RGB.
@@ -194,7 +197,7 @@ def read_clips(clips: Sequence[Clip]) -> Iterator[tuple[Clip, Tensor]]:
                 f"{source}: expected {crop.source_width}x{crop.source_height} pixels in every frame, found "
                 f"{frame.shape[1]}x{frame.shape[0]} in frame {index}; make all frames one size"
             )
-        small = resize_frame(frame, crop)
+        small = (resize or resize_frame)(frame, crop)
         for place in users[index]:
             frames = begun.setdefault(place, [])
             frames.append(small)
