@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -100,15 +100,27 @@ class Options:
 
     # ---- optimisation ---------------------------------------------------------------------------------------------
     optimizer_type: str = "AdamW8bit"
-    """AdamW8bit (bitsandbytes) or AdamW (torch)."""
+    """AdamW, AdamW8bit, PagedAdamW8bit, Lion8bit, Adafactor, Prodigy, AdamWScheduleFree, RAdamScheduleFree,
+    SGDScheduleFree, or any module.Class (docs/training.md)."""
     optimizer_args: tuple[str, ...] = ()
     """key=value ...: weight_decay=0.01 betas=0.9,0.999 eps=1e-8"""
     learning_rate: float = 1e-4
-    """Of the LoRA, and of the camera encoder unless --network_args camera_lr says otherwise."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls after the warm-up: not, or to zero at the last step."""
-    lr_warmup_steps: int = 0
-    """Steps over which the learning rate rises from zero."""
+    """Of the LoRA, and of the camera encoder unless --network_args camera_lr says otherwise. Prodigy: 1."""
+    lr_scheduler: str = "constant"
+    """constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, inverse_sqrt,
+    cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay or rex."""
+    lr_warmup_steps: float = 0
+    """Steps over which the learning rate rises from zero, or below 1 the share of all steps."""
+    lr_decay_steps: float | None = None
+    """Steps of the fall at the end, or their share; of warmup_stable_decay, which needs it."""
+    lr_scheduler_num_cycles: int | None = None
+    """Waves; of cosine_with_restarts, the cosines with min_lr, warmup_stable_decay. Default: 1."""
+    lr_scheduler_power: float | None = None
+    """Of polynomial. Default: 1."""
+    lr_scheduler_min_lr_ratio: float | None = None
+    """Share of the learning rate left at the end; the cosines with min_lr need it. Default elsewhere: 0."""
+    lr_scheduler_timescale: int | None = None
+    """Of inverse_sqrt. Default: the warm-up, or 10000."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: never."""
     gradient_accumulation_steps: int = 1
@@ -183,7 +195,8 @@ from memory.plan_table import plan_table
 from networks.checkpoint import load_state, save_state, state_part
 from networks.files import import_network_module, save_network
 from networks.last_step import LastStep
-from networks.optimization import create_optimizer, learning_rate_factor
+from networks.optimization import create_optimizer, optimizer_name, weights_in_use
+from networks.schedules import make_schedule
 from training.ending import ending_early
 from training.held_out import held_out_clips, validate
 from training.memory_plan import plan_of_run
@@ -245,6 +258,16 @@ def main(options: Options) -> None:
     max_steps = options.max_train_steps
     if options.max_train_epochs is not None:
         max_steps = options.max_train_epochs * steps_per_epoch
+    schedule = make_schedule(
+        options.lr_scheduler,
+        max_steps=max_steps,
+        warmup_steps=options.lr_warmup_steps,
+        decay_steps=options.lr_decay_steps,
+        num_cycles=options.lr_scheduler_num_cycles,
+        power=options.lr_scheduler_power,
+        min_lr_ratio=options.lr_scheduler_min_lr_ratio,
+        timescale=options.lr_scheduler_timescale,
+    )
 
     # ---- memory: a plan, before anything large is loaded ----------------------------------------------------------
     names = trained_experts(variant, options.experts)
@@ -264,7 +287,7 @@ def main(options: Options) -> None:
             network_dim=options.network_dim,
             pose_frame=training_set.pose_frame,
             bf16=options.mixed_precision == "bf16",
-            optimizer=options.optimizer_type,
+            optimizer=optimizer_name(options.optimizer_type),
             blocks_to_swap=options.blocks_to_swap,
             vram=options.vram,
             ram=options.ram,
@@ -343,14 +366,15 @@ def main(options: Options) -> None:
         name = options.output_name + suffix
         for expert in experts:
             metadata = run_metadata | {"ss_steps": str(step), "ss_epoch": str(step // steps_per_epoch)}
-            for path in save_network(
-                expert.network,
-                options.output_dir,
-                name,
-                run_metadata=metadata,
-                dtype=SAVE_DTYPES[options.save_precision],
-            ):
-                tqdm.write(f"saved {path}")
+            with weights_in_use(expert.optimizer):
+                for path in save_network(
+                    expert.network,
+                    options.output_dir,
+                    name,
+                    run_metadata=metadata,
+                    dtype=SAVE_DTYPES[options.save_precision],
+                ):
+                    tqdm.write(f"saved {path}")
         if with_state:
             folder = options.output_dir / f"{name}-state"
             parts = {expert.name: state_part(expert.network, expert.optimizer) for expert in experts}
@@ -408,11 +432,8 @@ def main(options: Options) -> None:
         for step in progress:
             started = time.perf_counter()
             expert = draw_expert(experts, seed=options.seed, step=step)
-            factor = learning_rate_factor(
-                step, schedule=options.lr_scheduler, warmup_steps=options.lr_warmup_steps, max_steps=max_steps
-            )
             for group, learning_rate in zip(expert.optimizer.param_groups, expert.learning_rates, strict=True):
-                group["lr"] = learning_rate * factor
+                group["lr"] = learning_rate * schedule.factor(step)
 
             batches = [next(data) for _ in range(options.gradient_accumulation_steps)]
             mean_loss = None
@@ -458,7 +479,10 @@ def main(options: Options) -> None:
             done = step + 1
             if held_out and accelerator.is_main_process:
                 if done % options.validate_camera_every == 0 or done == max_steps:
-                    accelerator.log(validate(validation, filming, step=done), step=step)
+                    with ExitStack() as looking:
+                        for optimizer in optimizers.values():
+                            looking.enter_context(weights_in_use(optimizer))
+                        accelerator.log(validate(validation, filming, step=done), step=step)
             if done < max_steps and options.save_every_n_steps and done % options.save_every_n_steps == 0:
                 save(f"-step{done:08d}", done)
             elif done < max_steps and options.save_every_n_epochs:

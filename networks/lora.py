@@ -2,6 +2,7 @@
 
     --network_args include_patterns=...   which linears, by regular expressions over their names
                    exclude_patterns=...
+                   loraplus_lr_ratio=16    learning rate of the LoRA's up matrices over that of its down matrices
 
 A network module is two functions: `create_network` for training, `load_network` for a saved file.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
-from networks.arguments import check_names, read_patterns
+from networks.arguments import check_names, read_patterns, read_positive
 from networks.lora_linear import LoRALinear, block_linears, inject_lora, merge_lora, remove_lora, select_linears
 from networks.mechanisms.adapter import RaysEncoder
 from networks.network import (
@@ -47,7 +48,7 @@ __all__ = [
 
 MODULE = "networks.lora"
 NEEDS_CAMERA = False
-ARGUMENTS = ("include_patterns", "exclude_patterns")
+ARGUMENTS = ("include_patterns", "exclude_patterns", "loraplus_lr_ratio")
 
 
 def create_network(
@@ -100,7 +101,9 @@ def create_network(
         include=read_patterns(network_args, "include_patterns"),
         exclude=read_patterns(network_args, "exclude_patterns"),
     )
-    return attach(dit, Network(settings, build_adapters(dit, settings, generator=generator)))
+    ratio = read_positive(network_args, "loraplus_lr_ratio")
+    adapters = build_adapters(dit, settings, generator=generator)
+    return attach(dit, Network(settings, adapters, loraplus_lr_ratio=ratio))
 
 
 def load_network(

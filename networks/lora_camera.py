@@ -5,6 +5,7 @@
                camera_lr=1e-3          learning rate of the mechanism; that of the LoRA if not given
                include_patterns=...    which linears get a LoRA, by regular expressions over their names
                exclude_patterns=...
+               loraplus_lr_ratio=16    learning rate of the LoRA's up matrices over that of its down matrices
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from wan_ext.dit import WanDiT
 
 MODULE = "networks.lora_camera"
 NEEDS_CAMERA = True
-ARGUMENTS = (*OPTIONS, "include_patterns", "exclude_patterns")
+ARGUMENTS = (*OPTIONS, "include_patterns", "exclude_patterns", "loraplus_lr_ratio")
 
 
 def create_network(
@@ -111,7 +112,10 @@ def create_network(
         )
     camera_lr = read_positive(network_args, "camera_lr")
     adapters = build_adapters(dit, settings, generator=generator)
-    network = _with_camera(dit, settings, adapters, variant, generator=generator, camera_lr=camera_lr)
+    ratio = read_positive(network_args, "loraplus_lr_ratio")
+    network = _with_camera(
+        dit, settings, adapters, variant, generator=generator, camera_lr=camera_lr, loraplus_lr_ratio=ratio
+    )
     return attach(dit, network)
 
 
@@ -161,6 +165,7 @@ def _with_camera(
     *,
     generator: torch.Generator | None,
     camera_lr: float | None = None,
+    loraplus_lr_ratio: float | None = None,
 ) -> Network:
     """The network of an expert, with a new camera mechanism if this expert is to hear the camera."""
     assert settings.camera is not None
@@ -171,7 +176,7 @@ def _with_camera(
         if settings.camera.train_control_adapter:
             adapter = deepcopy(dit.control_adapter).float()  # type: ignore[union-attr]
     rays = RaysEncoder(variant) if variant.hears_camera else None
-    return Network(settings, adapters, encoder, branches, camera_lr, rays, adapter)
+    return Network(settings, adapters, encoder, branches, camera_lr, rays, adapter, loraplus_lr_ratio)
 
 
 def _device_of(dit: WanDiT) -> torch.device:

@@ -107,6 +107,7 @@ class Network(nn.Module):
         camera_encoder: what turns poses into what the DiT is told; None: this expert hears no camera.
         camera_branches: by the number of the block that each stands in.
         camera_lr: learning rate of encoder and branches; None: that of the LoRA.
+        loraplus_lr_ratio: learning rate of the LoRA's `up` over that of its `down`; None: they share one group.
         rays_encoder: what a Wan-Fun model's own adapter is told; None: the model has none.
         control_adapter: what stands in the place of that adapter, to be trained; None: it stays as it is.
     """
@@ -120,6 +121,7 @@ class Network(nn.Module):
         camera_lr: float | None = None,
         rays_encoder: CameraEncoder | None = None,
         control_adapter: ControlAdapter | None = None,
+        loraplus_lr_ratio: float | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -128,6 +130,7 @@ class Network(nn.Module):
         branches = {str(block): branch for block, branch in (camera_branches or {}).items()}
         self.camera_branches = nn.ModuleDict(branches)
         self.camera_lr = camera_lr
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.rays_encoder = rays_encoder
         self.control_adapter = control_adapter
         self.replaced_adapter: list[ControlAdapter] = []  # a list, so that it is no part of what is trained
@@ -174,9 +177,18 @@ class Network(nn.Module):
         return (torch.rand(num_clips, generator=generator) >= camera.dropout).float()
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:
-        """Groups for an optimizer, each with a "name" for logs: "high_lora", "high_camera"."""
+        """Groups for an optimizer, each with a "name" for logs: "high_lora", "high_lora_up", "high_camera".
+
+        The LoRA is one group, or with LoRA+ two: `down`, and `up` at loraplus_lr_ratio times the rate.
+
+        Source: LoRA+ (arXiv 2402.12354): with one rate for both, one of them is too slow in wide layers.
+        """
         expert = self.settings.expert
         groups = [{"name": f"{expert}_lora", "params": list(self.adapters.parameters()), "lr": learning_rate}]
+        if self.loraplus_lr_ratio is not None:
+            ups = [lora.up for lora in self.named_adapters.values()]
+            groups[0]["params"] = [lora.down for lora in self.named_adapters.values()]
+            groups.append({"name": f"{expert}_lora_up", "params": ups, "lr": learning_rate * self.loraplus_lr_ratio})
         parts = (self.camera_encoder, self.camera_branches, self.control_adapter)
         parameters = [parameter for part in parts if part is not None for parameter in part.parameters()]
         if parameters:

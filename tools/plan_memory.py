@@ -42,7 +42,7 @@ class Options:
     experts: Literal["both", "high", "low"] = "both"
     """Which experts of a mixture are trained in one run."""
     optimizer_type: str = "AdamW8bit"
-    """AdamW8bit or AdamW."""
+    """AdamW8bit, AdamW or another of train_network.py's."""
     recipe: str = "fp8"
     """How the blocks' linears are kept: none, fp8, int8, int8_rotated, int8_w8a8 ... (docs/quantization.md)"""
     from_file: bool = False

@@ -119,9 +119,23 @@ def schedules(work: Workload, *, trains: bool) -> list[Schedule]:
 
 # ---- a whole step ----
 
-OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.0 + 8 / 256}
-"""Of a trained number: two moments in float32, or in 8 bits with a float32 scale for 256 of them."""
-OPTIMIZER_TRANSIENT_BYTES = {"AdamW": 4.0, "AdamW8bit": 0.0}
+OPTIMIZER_BYTES = {
+    "AdamW": 8.0,
+    "AdamW8bit": 2.0 + 8 / 256,
+    "PagedAdamW8bit": 2.0 + 8 / 256,
+    "Lion8bit": 1.0 + 4 / 256,
+    "Adafactor": 1.0,
+    "Prodigy": 16.0,
+    "AdamWScheduleFree": 8.0,
+    "RAdamScheduleFree": 8.0,
+    "SGDScheduleFree": 4.0,
+}
+"""Of a trained number: moments in float32, or in 8 bits with a float32 scale for 256 of them. Paged states count as if
+they lay on the device, where they are during the step. Adafactor keeps a row and a column of each matrix, at rank 4 a
+quarter of it. Prodigy keeps the start and a numerator too."""
+OPTIMIZER_TRANSIENT_BYTES = dict.fromkeys(OPTIMIZER_BYTES, 4.0) | dict.fromkeys(
+    ("AdamW8bit", "PagedAdamW8bit", "Lion8bit"), 0.0
+)
 """Of a trained number of one expert, during the step: the root of the second moment."""
 ADVICE = {
     ACTIVATIONS: "fewer frames, a smaller size or a smaller batch make it smaller",
@@ -152,11 +166,11 @@ def training_costs(
         work: of a batch.
         num_models: experts that are trained in the run; all their weights are kept somewhere.
         trained_parameters: of one expert; None: those of the LoRA.
-        optimizer: AdamW or AdamW8bit.
+        optimizer: a name of `OPTIMIZER_BYTES`; a "module.Class" is reckoned as the largest of them.
         more_bytes: activations of a camera mechanism outside the blocks, for a whole step.
         fused: the scheduled block; else the plain one.
     """
-    if optimizer not in OPTIMIZER_BYTES:
+    if optimizer not in OPTIMIZER_BYTES and "." not in optimizer:
         raise InputError(
             f"plan: expected one of the optimizers {', '.join(OPTIMIZER_BYTES)}, found {optimizer!r}"
             f"{nearest(optimizer, OPTIMIZER_BYTES)}"
@@ -175,9 +189,9 @@ def training_costs(
         trained_bytes={
             "weights": FLOAT32 * num_models * count,
             "gradients": FLOAT32 * count,
-            "optimizer": int(OPTIMIZER_BYTES[optimizer] * num_models * count),
+            "optimizer": int(OPTIMIZER_BYTES.get(optimizer, max(OPTIMIZER_BYTES.values())) * num_models * count),
         },
-        optimizer_bytes=int(OPTIMIZER_TRANSIENT_BYTES[optimizer] * count),
+        optimizer_bytes=int(OPTIMIZER_TRANSIENT_BYTES.get(optimizer, 4.0) * count),
         input_bytes=input_bytes(work) + more_bytes,
         checkpoint_bytes=u.wide,
         checkpoint_eight_bit_bytes=_rounded_bytes(work, work.config.dim),

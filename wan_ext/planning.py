@@ -57,7 +57,7 @@ def plan_training(
         ram_bytes: host memory to plan for.
         rates: of the card.
         bf16: whether linears and activations are bfloat16, else float32.
-        optimizer: AdamW or AdamW8bit.
+        optimizer: as `training_costs` takes it.
         trained_parameters: of one expert's network, camera included; None: those of the LoRA.
         camera_bytes: what a camera mechanism keeps outside the blocks for a step.
         from_file: whether the weights come from an 8-bit file, out of which blocks can be streamed as they lie.

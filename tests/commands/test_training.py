@@ -45,7 +45,7 @@ def test_both_experts_learn(trained_once):
         assert all(t.abs().sum() > 0 for t in camera.values())
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "AdamWScheduleFree"])
 def test_resumed_equals_uninterrupted(world, optimizer):
     options = {
         "optimizer_type": optimizer,
@@ -229,6 +229,9 @@ def test_tensorboard_gets_the_curves(world):
         ({"network_args": ("injection",)}, "key=value"),
         ({"network_module": "networks.lora_cam"}, "networks.lora_camera"),
         ({"optimizer_type": "Adam9"}, "AdamW"),
+        ({"optimizer_type": "Prodigy", "network_args": ("loraplus_lr_ratio=4",)}, "loraplus_lr_ratio"),
+        ({"lr_scheduler": "cosin"}, "cosine"),
+        ({"lr_warmup_steps": 2}, "lr_warmup_steps 2: does nothing"),
         ({"blocks_to_swap": 7}, "6"),
         ({"timestep_boundary": 2000.0}, "timestep_boundary"),
         ({"task": "t2v-A15B"}, "t2v-A14B"),

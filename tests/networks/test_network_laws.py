@@ -116,12 +116,20 @@ def test_parameter_groups_cover_every_parameter_once_with_its_learning_rate() ->
         ("plucker", {"network_args": args}, {"low_lora": 1e-4, "low_camera": 2e-3}),
         ("bias", {}, {"low_lora": 1e-4, "low_camera": 1e-4}),
         ("lora", {"expert": "high"}, {"high_lora": 1e-4}),
+        ("lora", {"network_args": {"loraplus_lr_ratio": "16"}}, {"low_lora": 1e-4, "low_lora_up": 1.6e-3}),
+        (
+            "bias",
+            {"network_args": {"injection": "bias", "loraplus_lr_ratio": "4"}},
+            {"low_lora": 1e-4, "low_lora_up": 4e-4, "low_camera": 1e-4},
+        ),
     ):
         network = make_network(make_dit(variant), variant, kind, **changes)
         groups = network.parameter_groups(1e-4)
-        assert {group["name"]: group["lr"] for group in groups} == learning_rates
+        assert {group["name"]: group["lr"] for group in groups} == pytest.approx(learning_rates)
+        ups = [p for group in groups if group["name"].endswith("_lora_up") for p in group["params"]]
+        assert not ups or [id(p) for p in ups] == [id(lora.up) for lora in network.named_adapters.values()]
         grouped = [parameter for group in groups for parameter in group["params"]]
-        assert [id(p) for p in grouped] == [id(p) for p in network.parameters()]
+        assert {id(p) for p in grouped} == {id(p) for p in network.parameters()}
         assert len(grouped) == len({id(p) for p in grouped})
 
 
