@@ -105,6 +105,11 @@ class ModelCosts:
     """Frozen tensors of a block as they lie in the ring."""
     outside_bytes: int
     """Frozen tensors outside the blocks, of all models."""
+    visiting_bytes: int = 0
+    """Of these, what a forward needs only before the first block, one tensor after the other: it may stay in host
+    memory and be copied for each forward."""
+    visitor_bytes: int = 0
+    """The largest of these tensors."""
     trained_bytes: Mapping[str, int] = field(default_factory=dict)
     """What trains, by part: weights, gradients, optimizer; of all models."""
     optimizer_bytes: int = 0

@@ -4,13 +4,14 @@ What: `make_plan` takes the costs of a model (`memory.costs`), the sizes of devi
 card, and decides
   how a block computes: attention in groups of heads, other parts in chunks of tokens, attention kept or recomputed,
   where blocks live:    on the device, or in host memory behind a ring of two (pinned, or mapped from an 8-bit file),
+  where the rest lives: weights outside the blocks on the device, or in host memory and copied for each forward,
   where inputs wait:    inputs of blocks and kept attentions, on the device or in host memory, whole or in 8 bits.
 `next_smaller` is what to do when memory ran out all the same.
 
-How: every combination of the first and the last is priced, each with as few streamed blocks as fit, and the fastest is
-taken; whole before 8 bits, which rounds; then the simplest. Peak memory is a sum of parts at the worst of four moments:
-in a block's forward, outside the blocks, in a block's backward, in the optimizer's step. Time is what blocks compute at
-the card's rates, and what transfers take longer than the computation that they travel beside.
+How: every combination of these is priced, each with as few streamed blocks as fit, and the fastest is taken; whole
+before 8 bits, which rounds; then the simplest. Peak memory is a sum of parts at the worst of five moments: before the
+blocks, in a block's forward, after the blocks, in a block's backward, in the optimizer's step. Time is what blocks
+compute at the card's rates, and what transfers take longer than the computation that they travel beside.
 
 Cost: some ten milliseconds.
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from core.errors import InputError
@@ -69,6 +71,8 @@ class MemoryPlan:
     eight_bit_store: bool
     masters: Literal["pinned", "mapped"]
     """What streamed blocks are copied from."""
+    outside: Literal["device", "host"]
+    """Where those weights outside the blocks are that a forward needs only before the first block."""
     device_bytes: dict[str, int]
     """Peak device memory by part."""
     host_bytes: dict[str, int]
@@ -183,6 +187,7 @@ def _preference(plan: MemoryPlan) -> tuple[float, ...]:
         len(plan.streamed),
         plan.store == "host",
         plan.masters == "mapped",
+        plan.outside == "host",
         schedule.head_groups,
         -(schedule.token_chunk or 2**62),
         schedule.keep_attention,
@@ -191,15 +196,19 @@ def _preference(plan: MemoryPlan) -> tuple[float, ...]:
 
 def _candidates(costs: ModelCosts, limits: Limits, rates: RateProfile) -> Iterator[MemoryPlan]:
     """For every way to compute and to wait, the plan with the fewest streamed blocks that fits, or with all of them."""
-    for block in costs.blocks:
-        for store in ("device", "host") if costs.trains else ("device",):
-            for eight_bits in (False, True) if store == "host" else (False,):
-                for masters in ("pinned", "mapped") if limits.may_map else ("pinned",):
+    waits = [("device", False), ("host", False), ("host", True)] if costs.trains else [("device", False)]
+    ways = product(
+        costs.blocks,
+        waits,
+        ("pinned", "mapped") if limits.may_map else ("pinned",),
+        ("device", "host") if costs.visiting_bytes else ("device",),
+    )
+    for block, (store, eight_bits), masters, outside in ways:
 
-                    def plan(streamed: int, block=block, store=store, eight_bits=eight_bits, masters=masters):
-                        return _priced(costs, limits, rates, block, streamed, store, eight_bits, masters)
+        def plan(streamed: int, block=block, store=store, eight_bits=eight_bits, masters=masters, outside=outside):
+            return _priced(costs, limits, rates, block, streamed, store, eight_bits, masters, outside)
 
-                    yield plan(_fewest(costs, limits, plan))
+        yield plan(_fewest(costs, limits, plan))
 
 
 def _fewest(costs, limits, plan) -> int:
@@ -224,14 +233,18 @@ def _priced(
     store: Literal["device", "host"],
     eight_bits: bool,
     masters: Literal["pinned", "mapped"],
+    outside: Literal["device", "host"],
 ) -> MemoryPlan:
     """One combination with its bytes and seconds."""
     n, models = costs.num_blocks, costs.num_models
     waits = costs.checkpoint_bytes + block.kept_bytes if costs.trains else 0
     stored = costs.checkpoint_eight_bit_bytes + block.kept_eight_bit_bytes if eight_bits else waits
-    activations, waiting = _worst_moment(costs, block, on_device=store == "device", restored=waits if eight_bits else 0)
+    visiting, visitor = (costs.visiting_bytes, costs.visitor_bytes) if outside == "host" else (0, 0)
+    activations, waiting = _worst_moment(
+        costs, block, on_device=store == "device", restored=waits if eight_bits else 0, visitor=visitor
+    )
     device = {
-        OUTSIDE: costs.outside_bytes,
+        OUTSIDE: costs.outside_bytes - visiting,
         RESIDENT: models * (n - streamed) * costs.block_bytes,
         RING: min(2, streamed) * costs.block_bytes,
         **{f"{TRAINED}: {name}": count for name, count in costs.trained_bytes.items()},
@@ -247,16 +260,18 @@ def _priced(
         MASTERS: models * streamed * costs.block_bytes if masters == "pinned" else 0,
         STAGING: 2 * costs.block_bytes if masters == "mapped" and streamed else 0,
         STORED: n * stored if store == "host" else 0,
+        OUTSIDE: visiting,
         PROCESS: PROCESS_BYTES,
     }
     loads = 0 if streamed <= 2 else 2 * (streamed - 2) if costs.trains else streamed  # both ends meet in the ring
     loads += min(2, streamed) if models > 1 else 0  # unless another model comes
     moved = n * stored if store == "host" else 0
+    visits = visiting // models  # of the model that is in use; nothing computes beside them
     forward = block.forward.seconds(rates, costs.products)
     backward = block.backward.seconds(rates, costs.products)
     source = rates.h2d if masters == "pinned" else min(rates.h2d, rates.disk)
     weights = streamed * costs.block_bytes / source
-    stall = max(0.0, weights - n * forward, moved / rates.d2h - n * forward)
+    stall = visits / rates.h2d + max(0.0, weights - n * forward, moved / rates.d2h - n * forward)
     if costs.trains:
         stall += max(0.0, weights + moved / rates.h2d - n * backward)
     rounding = Work(traffic=2 * n * 3 * waits).seconds(rates, "bf16") if eight_bits else 0.0
@@ -266,10 +281,11 @@ def _priced(
         store=store,
         eight_bit_store=eight_bits,
         masters=masters,
+        outside=outside,
         device_bytes={name: count for name, count in device.items() if count},
         host_bytes={name: count for name, count in host.items() if count},
         stored_bytes=stored if store == "host" else 0,
-        h2d_bytes=loads * costs.block_bytes + moved,
+        h2d_bytes=loads * costs.block_bytes + moved + visits,
         d2h_bytes=moved,
         compute_seconds=n * (forward + backward) + costs.outside.seconds(rates, "bf16") + rounding,
         stall_seconds=stall,
@@ -279,7 +295,9 @@ def _priced(
     )
 
 
-def _worst_moment(costs: ModelCosts, block: BlockCosts, *, on_device: bool, restored: int) -> tuple[int, int]:
+def _worst_moment(
+    costs: ModelCosts, block: BlockCosts, *, on_device: bool, restored: int, visitor: int
+) -> tuple[int, int]:
     """Activations, and what waits on the device outside of buffers, when they are most together.
 
     Args:
@@ -287,12 +305,15 @@ def _worst_moment(costs: ModelCosts, block: BlockCosts, *, on_device: bool, rest
         block: of a block.
         on_device: whether what waits stays on the device.
         restored: what was rounded to 8 bits for the block that is in backward.
+        visitor: the largest weight that is copied to the device for a product before the blocks.
     """
     n, x = costs.num_blocks, costs.checkpoint_bytes
+    before = (x + visitor, 0)
     if not costs.trains:
-        return max((block.forward_bytes, x), (costs.outside_activation_bytes, 0), key=sum)
+        return max(before, (block.forward_bytes, x), (costs.outside_activation_bytes, 0), key=sum)
     all_of_them = n * (x + block.kept_bytes) if on_device else 0
     moments = (
+        before,
         (block.forward_bytes, n * x + (n - 1) * block.kept_bytes if on_device else x),
         (costs.outside_activation_bytes, all_of_them),
         (block.backward_bytes, all_of_them + restored),

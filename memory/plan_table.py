@@ -51,6 +51,8 @@ def choices(plan: MemoryPlan) -> list[str]:
             f"weights: {total - streamed} of {total} blocks{models} stay on the device, {streamed} pass through a ring "
             f"from {where}{whose}"
         )
+    if plan.outside == "host":
+        found.append("weights outside the blocks: in host memory, copied to the device for each forward")
     found.append(f"blocks: {plan.schedule}")
     if costs.trains and plan.store == "host":
         bits = " in 8 bits, which rounds them" if plan.eight_bit_store else ""
@@ -75,6 +77,7 @@ def plan_record(plan: MemoryPlan) -> dict[str, object]:
         "store": plan.store,
         "eight_bit_store": plan.eight_bit_store,
         "masters": plan.masters,
+        "outside": plan.outside,
         "device_bytes": plan.device_bytes,
         "tensor_bytes": plan.tensor_bytes,
         "vram_bytes": plan.vram_bytes,

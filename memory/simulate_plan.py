@@ -26,6 +26,8 @@ def simulate_plan(plan: MemoryPlan) -> StepReport:
         backward_seconds=block.backward.seconds(rates, costs.products),
     )
     outside = plan.compute_seconds - costs.num_blocks * (times.forward_seconds + times.backward_seconds)
+    if plan.outside == "host":  # before the first block, with nothing beside it
+        outside += costs.visiting_bytes / costs.num_models / plan.rates.h2d
     return simulate_step(
         [times] * costs.num_blocks,
         streamed=plan.streamed,

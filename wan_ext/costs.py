@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from core.errors import InputError, nearest
 from memory.costs import BlockCosts, ModelCosts, Products, Schedule, Work
-from memory.plan import ACTIVATIONS, CHECKPOINTS, MASTERS, OUTSIDE, RESIDENT, TRAINED
+from memory.plan import ACTIVATIONS, CHECKPOINTS, MASTERS, RESIDENT, TRAINED
 from wan_ext.activations import (
     fused_backward_bytes,
     fused_forward_bytes,
@@ -23,12 +23,14 @@ from wan_ext.activations import (
     units,
 )
 from wan_ext.configs import WanVariant
+from wan_ext.dit import HEAD_TOKENS
 from wan_ext.workload import (
     FLOAT32,
     Workload,
     attention_flop,
     block_bytes,
     block_linears,
+    embedding_bytes,
     linear_flop,
     lora_flop,
     lora_parameters,
@@ -139,7 +141,6 @@ OPTIMIZER_TRANSIENT_BYTES = dict.fromkeys(OPTIMIZER_BYTES, 4.0) | dict.fromkeys(
 """Of a trained number of one expert, during the step: the root of the second moment."""
 ADVICE = {
     ACTIVATIONS: "fewer frames, a smaller size or a smaller batch make it smaller",
-    OUTSIDE: "one expert at a time (--experts low, then high) halves it",
     f"{TRAINED}: weights": "a smaller rank makes it smaller, and one expert at a time halves it",
     f"{TRAINED}: optimizer": "AdamW8bit, a smaller rank or one expert at a time make it smaller",
     CHECKPOINTS: "fewer frames, a smaller size or a smaller batch make it smaller",
@@ -186,6 +187,8 @@ def training_costs(
         products=products_of(work),
         block_bytes=block_bytes(work),
         outside_bytes=num_models * outside_bytes(work),
+        visiting_bytes=num_models * embedding_bytes(work),
+        visitor_bytes=FLOAT32 * 6 * work.config.dim**2,  # the time projection
         trained_bytes={
             "weights": FLOAT32 * num_models * count,
             "gradients": FLOAT32 * count,
@@ -195,8 +198,7 @@ def training_costs(
         input_bytes=input_bytes(work) + more_bytes,
         checkpoint_bytes=u.wide,
         checkpoint_eight_bit_bytes=_rounded_bytes(work, work.config.dim),
-        # The head's normalised rows, the gradient of its input, and two terms of the norm's gradient.
-        outside_activation_bytes=4 * u.wide,
+        outside_activation_bytes=2 * u.wide + 2 * _head_bytes(work),  # the head's input; everything has a gradient
         outside=Work(traffic=40 * u.wide + 24.0 * count),
         blocks=tuple(choice) if fused else (plain_costs(work, trains=True),),
         advice=ADVICE,
@@ -217,14 +219,24 @@ def generation_costs(
         products=products_of(work),
         block_bytes=block_bytes(work),
         outside_bytes=num_models * outside_bytes(work),
+        visiting_bytes=num_models * embedding_bytes(work),
+        visitor_bytes=FLOAT32 * 6 * work.config.dim**2,  # the time projection
         trained_bytes={"weights": FLOAT32 * num_models * lora_parameters(work)} if work.rank else {},
         input_bytes=input_bytes(work) + more_bytes,
         checkpoint_bytes=u.wide,
-        outside_activation_bytes=3 * u.wide,
+        outside_activation_bytes=u.wide + _head_bytes(work),  # the head's input
         outside=Work(traffic=20 * u.wide),
         blocks=tuple(choice) if fused else (plain_costs(work, trains=False),),
         advice=ADVICE,
     )
+
+
+def _head_bytes(work: Workload) -> int:
+    """What the head makes: of the rows that it computes together their norm in two steps, of all of them its result."""
+    config = work.config
+    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    together = min(work.rows, HEAD_TOKENS)
+    return FLOAT32 * (2 * together * config.dim + work.rows * patch * config.out_dim)
 
 
 def input_bytes(work: Workload) -> int:

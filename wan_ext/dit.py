@@ -44,9 +44,12 @@ from wan_ext.configs import DiTConfig
 from wan_ext.control_adapter import ControlAdapter
 from wan_ext.norms import LayerNorm, ModulatedNorm, RMSNorm
 from wan_ext.rope import rope_table, rotate
+from wan_ext.rows import in_rows
 
 CLIP_NORM_EPS = 1e-5
 """The image branch keeps torch's default where the rest of the model has 1e-6."""
+HEAD_TOKENS = 2048
+"""That the head computes together: its backward holds four float32 copies of them, 0.17 GB in a 14B model."""
 
 
 class WanDiT(nn.Module):
@@ -79,6 +82,14 @@ class WanDiT(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype in which the linears of the blocks compute."""
         return next(self.text_embedding.parameters()).dtype
+
+    @property
+    def embeddings(self) -> tuple[nn.Module, ...]:
+        """What prepares text and timestep for the blocks: almost all weights outside of them, needed once a pass.
+
+        They may lie in host memory; `run_linears` then copies them to the device for one product each.
+        """
+        return self.text_embedding, self.time_embedding, self.time_projection
 
     @property
     def attention_backend(self) -> str:
@@ -135,7 +146,7 @@ class WanDiT(nn.Module):
             x = x + kept(self.embed_rays(camera.rays, grid), camera.keep)
 
         time = self.embed_time(timestep)  # [B, 1|F, D]
-        modulation = run_float32(self.time_projection, time).unflatten(-1, (6, -1))  # [B, 1|F, 6, D]
+        modulation = run_linears(self.time_projection, time).unflatten(-1, (6, -1))  # [B, 1|F, 6, D]
         context = self.embed_text(context)  # [B, text_len, D]
         rope = rope_table(*grid, head_dim=self.config.head_dim, device=x.device)
         if self.img_emb is not None:
@@ -166,12 +177,12 @@ class WanDiT(nn.Module):
         """timestep [B] or [B, F] -> [B, 1|F, D]"""
         if timestep.ndim == 1:
             timestep = timestep[:, None]
-        return run_float32(self.time_embedding, sinusoid(timestep, self.config.freq_dim))
+        return run_linears(self.time_embedding, sinusoid(timestep, self.config.freq_dim))
 
     def embed_text(self, context: Tensor) -> Tensor:
         """Zero-pad to text_len and project: the padding becomes tokens too, as in training. -> [B, text_len, D]"""
         context = F.pad(context.to(self.dtype), (0, 0, 0, self.config.text_len - context.shape[1]))
-        return self.text_embedding(context)
+        return run_linears(self.text_embedding, context, self.dtype)
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Tokens back to latents; within a token the channel comes last. [B, L, 4 C] -> [B, C, F, H, W]"""
@@ -360,7 +371,7 @@ class ImageEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm, modulated by the time embedding itself, and the projection to patches."""
+    """The last norm, modulated by the time embedding itself, and the projection to patches; `HEAD_TOKENS` at a time."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -370,8 +381,15 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [B, L, D], time [B, 1|F, D] -> float32 [B, L, out_dim * patch]"""
-        shift, scale = (self.modulation.float()[:, None] + time[:, :, None]).unbind(2)  # [B, 1|F, D]
-        return run_float32(self.head, self.norm(x, shift, scale, torch.float32))
+        shift, scale = (self.modulation.float()[:, None] + time[:, :, None]).flatten(0, 1)[:, None].unbind(2)
+        clips = x.unflatten(1, (time.shape[1], -1)).flatten(0, 1)  # [B 1|F, L or L/F, D]: one row of modulation each
+        weight, bias = self.head.weight.float(), self.head.bias.float()
+        out = in_rows(self._rows, clips, shift, scale, weight, bias, rows=max(1, HEAD_TOKENS // clips.shape[0]))
+        return out.reshape(*x.shape[:2], -1)
+
+    def _rows(self, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x [B, n, D], shift and scale [B, 1, D] -> [B, n, out_dim * patch]"""
+        return F.linear(self.norm(x, shift, scale, torch.float32), weight, bias)
 
 
 def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -380,14 +398,19 @@ def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return x + (frames * gate[:, :, None]).flatten(1, 2)
 
 
-def run_float32(module: nn.Module, x: Tensor) -> Tensor:
-    """A linear, or a sequence with linears, outside the blocks: in float32 whatever its weights are stored in."""
+def run_linears(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A linear, or a sequence with linears, outside the blocks: where x is and in `dtype`, however weights are kept.
+
+    A weight that lies elsewhere, or in another dtype, is copied for its one product.
+    """
     if isinstance(module, nn.Sequential):
         for part in module:
-            x = run_float32(part, x)
+            x = run_linears(part, x, dtype)
         return x
     if isinstance(module, nn.Linear):
-        return F.linear(x.float(), module.weight.float(), module.bias.float())
+        to_device = x.is_cuda  # from pinned memory without waiting; in the other direction that would not be safe
+        weight, bias = (p.to(x.device, dtype, non_blocking=to_device) for p in (module.weight, module.bias))
+        return F.linear(x.to(dtype), weight, bias)
     return module(x)
 
 

@@ -90,8 +90,6 @@ def outside_bytes(work: Workload) -> int:
     """Frozen tensors of one model outside its blocks."""
     config = work.config
     d, patch = config.dim, config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    text = work.element * (config.text_dim * d + d + d * d + d)
-    time = config.freq_dim * d + d + d * d + d + 6 * d * d + 6 * d
     patches = config.in_dim * patch * d + d
     head = d * patch * config.out_dim + patch * config.out_dim + 2 * d
     image = 0
@@ -102,7 +100,14 @@ def outside_bytes(work: Workload) -> int:
     adapter = 0
     if config.control_downscale is not None:
         adapter = FLOAT32 * (24 * config.control_downscale**2 * 4 * d + d) + work.element * 2 * (9 * d * d + d)
-    return text + FLOAT32 * (time + patches + head) + image + adapter
+    return embedding_bytes(work) + FLOAT32 * (patches + head) + image + adapter
+
+
+def embedding_bytes(work: Workload) -> int:
+    """Frozen tensors of one model that prepare text and timestep: almost all outside its blocks."""
+    config, d = work.config, work.config.dim
+    text = work.element * (config.text_dim * d + d + d * d + d)
+    return text + FLOAT32 * (config.freq_dim * d + d + d * d + d + 6 * d * d + 6 * d)
 
 
 def lora_parameters(work: Workload) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -24,13 +25,14 @@ from wan_ext.activations import (
 )
 from wan_ext.assemble import quantize_linears
 from wan_ext.configs import VARIANTS, DiTConfig
-from wan_ext.costs import training_costs
-from wan_ext.dit import WanDiT, storage_dtype
+from wan_ext.costs import generation_costs, training_costs
+from wan_ext.dit import WanDiT, run_linears, storage_dtype
 from wan_ext.fused_block import BlockSchedule, FusedBlockMaths
 from wan_ext.workload import (
     Workload,
     attention_flop,
     block_bytes,
+    embedding_bytes,
     linear_flop,
     lora_flop,
     lora_parameters,
@@ -156,6 +158,7 @@ def test_weights_are_those_of_the_model_to_the_byte(task: str, recipe: str | Non
     inside = {id(parameter) for parameter in dit.blocks.parameters()}
     around = [parameter for parameter in dit.parameters() if id(parameter) not in inside]
     assert outside_bytes(work) == sum(parameter.nbytes for parameter in around)
+    assert embedding_bytes(work) == sum(p.nbytes for module in dit.embeddings for p in module.parameters())
     trained = sum(p.numel() for p in dit.parameters() if p.requires_grad)
     assert lora_parameters(replace(work, config=replace(work.config, num_layers=1))) == trained
 
@@ -177,6 +180,39 @@ def test_operations_are_those_that_pytorch_counts(task: str, rank: int) -> None:
     # The counter leaves out products that are added in place, the second one of each adapter: half of its operations.
     found = linear_flop(work) + lora_flop(work) / 2 + attention_flop(work)
     assert found == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize(("task", "tokens", "batch"), [("t2v-A14B", 32760, 1), ("t2v-1.3B", 7800, 2)])
+def test_the_head_holds_what_the_closed_form_says(task: str, tokens: int, batch: int, trains: bool) -> None:
+    work = workload(task, tokens, batch, 0, None)
+    dit = model(work)
+    x, time = meta(batch, tokens, work.config.dim).requires_grad_(trains), meta(batch, 1, work.config.dim)
+    scale = meta(batch, tokens, 4 * work.config.out_dim)
+
+    def head() -> None:
+        velocity = dit.head(x, time)
+        if trains:
+            F.mse_loss(velocity, scale).backward()
+
+    with nullcontext() if trains else torch.no_grad():
+        found = peak_bytes(head, held={"input": [x]})
+    costs = (training_costs if trains else generation_costs)(VARIANTS[task], work, num_models=1)
+    assert costs.outside_activation_bytes == pytest.approx(found.peak, rel=CLOSE)
+
+
+def test_embeddings_on_the_host_visit_the_device_one_weight_at_a_time() -> None:
+    work = workload("t2v-1.3B", 1, 1, 0, None)
+    dit = model(work)
+    for module in dit.embeddings:
+        module.to_empty(device="cpu")
+    costs = training_costs(VARIANTS["t2v-1.3B"], work, num_models=2)
+
+    found = peak_bytes(lambda: run_linears(dit.time_projection, dit.embed_time(meta(1))))
+    assert costs.visitor_bytes == pytest.approx(found.peak, rel=CLOSE)
+    assert found.remaining < 0.01 * costs.visitor_bytes
+    assert peak_bytes(lambda: dit.embed_text(meta(1, 512, 4096))).peak < costs.visitor_bytes
+    assert costs.visiting_bytes == 2 * embedding_bytes(work) < costs.outside_bytes
 
 
 def test_a_whole_step_holds_what_the_parts_say() -> None:

@@ -29,6 +29,21 @@ def test_one_timestep_a_clip_equals_the_same_timestep_in_every_frame(dit, inputs
     torch.testing.assert_close(often, once, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_the_head_may_take_any_number_of_tokens_at_a_time(inputs, monkeypatch, per_frame):
+    results = []
+    for tokens in (10**6, 5, 1):
+        monkeypatch.setattr("wan_ext.dit.HEAD_TOKENS", tokens)
+        dit = lively_dit(SMALL)
+        timestep = inputs.timestep[:, None] - torch.arange(3) if per_frame else inputs.timestep
+        out = dit(inputs.noised, **(inputs.keywords() | {"timestep": timestep}))
+        (out * inputs.weights).sum().backward()
+        results.append([out.detach(), *(parameter.grad for parameter in dit.parameters())])
+    for result in results[1:]:
+        for found, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_each_frame_gets_its_own_timestep(dit, inputs):
     per_frame = inputs.timestep[:, None].repeat(1, inputs.noised.shape[2])
     before = dit(inputs.noised, **(inputs.keywords() | {"timestep": per_frame}))

@@ -96,16 +96,37 @@ def test_both_experts_compute_as_without_any_placement(how: str) -> None:
             assert_same(gradients(dit, runner), expected)
 
 
+def test_embeddings_on_the_host_change_no_bit_and_what_trains_in_them_still_trains() -> None:
+    results, originals = [], experts()
+    for outside in ("device", "host"):
+        dits = copy.deepcopy(originals)
+        for dit in dits:
+            dit.time_embedding[0].bias.requires_grad_()
+        placement = Placement(CPU, plan=replace(tight(), outside=outside))
+        runners = [placement.place(dit) for dit in dits]
+        results.append([gradients(dit, runner) for dit, runner in zip(dits, runners, strict=True)])
+        for dit in dits:
+            weights = [p for module in dit.embeddings for p in module.parameters() if not p.requires_grad]
+            packed = len({p.untyped_storage().data_ptr() for p in weights}) == 1
+            assert packed == (outside == "host") and len(weights) == 9
+    for on_device, on_host in zip(*results, strict=True):
+        assert torch.equal(on_device[0], on_host[0])
+        assert len(on_device[1]) == len(on_host[1])
+        assert all(torch.equal(a, b) for a, b in zip(on_device[1], on_host[1], strict=True))
+
+
 def test_a_smaller_plan_goes_on_with_the_same_results() -> None:
     dits = experts()
     plain = [gradients(copy.deepcopy(dit), run_plain) for dit in dits]
     placement = Placement(CPU, plan=plan_of())
     runners = [placement.place(dit) for dit in dits]
-    needed = [placement.plan.vram_bytes]
+    needed, outside = [placement.plan.vram_bytes], {placement.plan.outside}
     with pytest.raises(InputError, match="smallest"):
         for _ in range(60):
             needed.append(placement.shrink().vram_bytes)
+            outside.add(placement.plan.outside)
             for dit, runner, expected in zip(dits, runners, plain, strict=True):
                 if not placement.plan.eight_bit_store:
                     assert_same(gradients(dit, runner), expected)
+    assert outside == {"device", "host"}
     assert len(needed) > 2 and needed == sorted(needed, reverse=True) and len(set(needed)) == len(needed)
