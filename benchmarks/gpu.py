@@ -52,11 +52,15 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="a toy on the CPU; measures nothing")
     parser.add_argument("--part", choices=tuple(ENDS), help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--without_cudnn", action="store_true", help="attention by FlashAttention 2 instead of cuDNN's")
     return parser.parse_args()
 
 
-def main(out: Path, *, quick: bool, dry_run: bool) -> int:
-    """Run all parts and write the report after each; the exit code."""
+def main(out: Path, *, quick: bool, dry_run: bool, without_cudnn: bool) -> int:
+    """Run all parts and write the report after each; the exit code.
+
+    Where a check finds cuDNN's attention wrong, what follows is measured without it, and the report says so.
+    """
     from benchmarks.gpu_kit import report as reports
 
     started = time.time()
@@ -65,7 +69,8 @@ def main(out: Path, *, quick: bool, dry_run: bool) -> int:
     ended: dict[str, str] = {}
     found: dict[str, Any] = {}
     for part, share in ENDS.items():
-        ended[part] = _run_part(part, out, quick=quick, dry_run=dry_run, until=started + share * limit)
+        until = started + share * limit
+        ended[part] = _run_part(part, out, quick=quick, dry_run=dry_run, without_cudnn=without_cudnn, until=until)
         sections = reports.merge(
             json.loads(path.read_text()) for path in (_part_file(out, name) for name in ended) if path.exists()
         )
@@ -73,11 +78,13 @@ def main(out: Path, *, quick: bool, dry_run: bool) -> int:
             "dry_run": dry_run,
             "quick": quick,
             "machine": machine,
+            "cudnn_attention": not without_cudnn,
             "seconds": time.time() - started,
             "parts": ended,
             "sections": sections,
         }
         found["bars"] = reports.bars(found)
+        without_cudnn = without_cudnn or reports.attention_failed(found)
         for name, write in reports.WRITERS.items():
             with atomic_path(out / name) as temporary:
                 temporary.write_text(write(found), encoding="utf-8")
@@ -89,10 +96,10 @@ def main(out: Path, *, quick: bool, dry_run: bool) -> int:
     return 1 if failed else 0
 
 
-def _run_part(part: str, out: Path, *, quick: bool, dry_run: bool, until: float) -> str:
+def _run_part(part: str, out: Path, *, quick: bool, dry_run: bool, without_cudnn: bool, until: float) -> str:
     """Run a part in a process of its own; "done", or how it ended."""
     command = [sys.executable, __file__, "--out", str(out), "--part", part, "--until", repr(until)]
-    command += ["--quick"] * quick + ["--dry_run"] * dry_run
+    command += ["--quick"] * quick + ["--dry_run"] * dry_run + ["--without_cudnn"] * without_cudnn
     # Sums of cuBLAS in one order: the comparison of streamed and resident asks for it.
     environment = os.environ | ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if part == "checks" else {})
     with subprocess.Popen(command, env=environment) as process:
@@ -148,12 +155,16 @@ def _machine(dry_run: bool) -> dict[str, Any]:
     }
 
 
-def part_main(part: str, out: Path, *, quick: bool, dry_run: bool, until: float) -> None:
+def part_main(part: str, out: Path, *, quick: bool, dry_run: bool, without_cudnn: bool, until: float) -> None:
     """What the process of a part does."""
+    import torch
+
     from benchmarks.gpu_kit.parts import run_part
     from benchmarks.gpu_kit.records import Clock, Records
     from benchmarks.gpu_kit.settings import REAL, TOY
 
+    if without_cudnn:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     records = Records(_part_file(out, part), Clock(until))
     run_part(part, TOY if dry_run else REAL, records, quick=quick)
 
@@ -162,9 +173,16 @@ if __name__ == "__main__":
     given = options()
     try:
         if given.part:
-            part_main(given.part, given.out, quick=given.quick, dry_run=given.dry_run, until=given.until)
+            part_main(
+                given.part,
+                given.out,
+                quick=given.quick,
+                dry_run=given.dry_run,
+                without_cudnn=given.without_cudnn,
+                until=given.until,
+            )
         else:
-            sys.exit(main(given.out, quick=given.quick, dry_run=given.dry_run))
+            sys.exit(main(given.out, quick=given.quick, dry_run=given.dry_run, without_cudnn=given.without_cudnn))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

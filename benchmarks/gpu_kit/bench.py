@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from benchmarks.gpu_kit.settings import GB, Clip, Setting
 from core.errors import InputError
 from memory.device import device_for
 from memory.machine import host_bytes
-from memory.plan import DRIVER_BYTES, MemoryPlan
+from memory.plan import DRIVER_BYTES, MemoryPlan, next_smaller
 from memory.quant import parse_recipe
 from memory.rates import CATALOGUE, RateProfile, find_rates
 from memory.runners import BlockMaths, BlockRunner
@@ -41,8 +41,8 @@ from wan_ext.planning import plan_generation, plan_training
 from wan_ext.rope import rope_table
 
 WARM_BLOCKS = 3
-HOST_SHARE = 0.85
-"""Of the host's memory that plans may use."""
+HOST_SHARE = 0.72
+"""Of the host's memory that plans may use: the weights of both experts stay there whatever a plan says."""
 COPY_BYTES = 2**30
 UNKNOWN = "4090"
 """Whose rates are taken for a card that the catalogue lacks."""
@@ -74,8 +74,10 @@ class Bench:
         self.rates = measured_rates(self.pool, self.device)
         self.masters = Lease(self.pool)
         self.experts: list[Expert] = []
-        self.slowness = 1.5
-        """How much longer a step takes than planned; corrected by every measurement."""
+        self._plans: dict[tuple[Clip, int, int], MemoryPlan | str] = {}  # or why there is none, which takes seconds
+        self._caps: dict[Clip, dict[str, int]] = {}
+        self.slowness: dict[str, float] = {}
+        """How much longer a step takes than planned, by what is planned, as far as it was measured."""
 
     def build(self) -> None:
         """Make both experts."""
@@ -97,6 +99,18 @@ class Bench:
 
     def training_plan(self, clip: Clip, vram_bytes: int, *, num_experts: int = 2) -> MemoryPlan:
         """The planner's choice for a card of this size. Raises InputError where there is none."""
+        key = (clip, vram_bytes, num_experts)
+        if key not in self._plans:
+            try:
+                self._plans[key] = self._new_training_plan(clip, vram_bytes, num_experts)
+            except InputError as refusal:
+                self._plans[key] = str(refusal)
+        found = self._plans[key]
+        if isinstance(found, str):
+            raise InputError(found)
+        return found
+
+    def _new_training_plan(self, clip: Clip, vram_bytes: int, num_experts: int) -> MemoryPlan:
         return plan_training(
             self.setting.variant,
             frames=clip.frames,
@@ -138,11 +152,16 @@ class Bench:
         return int(0.95 * torch.cuda.get_device_properties(self.device).total_memory)
 
     def caps(self, clip: Clip) -> dict[str, int]:
-        """The sizes of cards that are played, by name; on the CPU two that make the toy stream some blocks."""
+        """The sizes of cards that are played, by name; on the CPU the toy's largest and smallest."""
         if self.setting.real:
             return {f"{size} GB": size * GB for size in (24, 16, 12, 8) if size * GB <= self.card_bytes()}
-        whole = self.training_plan(clip, 1000 * GB)
-        return {"whole": whole.vram_bytes, "small": whole.vram_bytes - 4 * whole.costs.block_bytes}
+        if clip not in self._caps:
+            whole = plan = self.training_plan(clip, 1000 * GB)
+            with suppress(InputError):
+                while True:
+                    plan = next_smaller(plan)
+            self._caps[clip] = {"whole": whole.vram_bytes, "smallest": plan.vram_bytes}
+        return self._caps[clip]
 
     # ---- placing ----
 

@@ -1,8 +1,8 @@
 """Host memory that is registered with the driver once and lent out again and again, and a watch on what travels.
 
-What: a `HostPool` keeps pieces of registered host memory. A `Lease` is a `Device` (`memory/device.py`) whose host memory
-comes from the pool and goes back to it when the lease ends; everything else it hands on to the device behind the pool.
-It counts the bytes that travel in each direction, and how long the computation waited for them.
+What: a `HostPool` keeps pieces of registered host memory. A `Lease` is a `Device` (`memory/device.py`) whose host
+memory comes from the pool and goes back to it when the lease ends; everything else it hands on to the device behind
+the pool. It counts the bytes that travel in each direction, and how long the computation waited for them.
 
 How: the weights of both experts, and what waits for backward, are 70 GB; to register them takes the driver tens of
 seconds, which the kit has once and not for every row of its table. Waiting is timed by two events around each `wait`

@@ -59,7 +59,8 @@ class Records:
         """Note a row and write it to the disk."""
         self._of(section)["rows"].append(row)
         self.save()
-        print(f"{section}: " + ", ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
+        told = {key: value for key, value in row.items() if not isinstance(value, (dict, list))}
+        print(f"{section}: " + ", ".join(f"{key} {_short(value)}" for key, value in told.items()), flush=True)
         return row
 
     def skip(self, section: str, what: str, seconds: float) -> None:
@@ -70,13 +71,8 @@ class Records:
         print(f"{section}: skipped {note}", flush=True)
 
     @contextmanager
-    def section(self, name: str, *, seconds: float = 0.0) -> Iterator[None]:
-        """Run the body as a part of a section; an exception is noted and goes no further.
-
-        Args:
-            name: of the section.
-            seconds: that the body takes; it should ask `clock.fits` first.
-        """
+    def section(self, name: str) -> Iterator[None]:
+        """Run the body as a part of a section; an exception is noted and goes no further."""
         found, started = self._of(name), time.time()
         try:
             yield

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 GB = 1e9
+DRIVER_BYTES = 600_000_000
+"""Of a card that its driver takes beside the allocator, as the planner has it."""
 LONG, SHORT, LARGE = 32_760, 7_800, 75_600
 """Tokens of 81x480x832, 17x480x832 and 81x720x1280."""
 START, END = "<!-- figures of benchmarks/gpu.py -->", "<!-- end of figures -->"
@@ -30,9 +32,9 @@ def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
 
     def peak(tokens: int, card: str, least_experts: int) -> float | None:
         return _largest(
-            r["measured_bytes"] / GB
+            (r["reserved_bytes"] + DRIVER_BYTES) / GB
             for r in training
-            if r["tokens"] == tokens and r["card"] == card and r["experts"] >= least_experts and r["measured_bytes"]
+            if r["tokens"] == tokens and r["card"] == card and r["experts"] >= least_experts and r["reserved_bytes"]
         )
 
     def ratio(recipe: str) -> float | None:
@@ -70,6 +72,14 @@ def failures(report: dict[str, Any]) -> list[str]:
     return found
 
 
+def attention_failed(report: dict[str, Any]) -> bool:
+    """Whether attention as PyTorch's defaults compute it failed a check."""
+    return any(
+        row["passed"] is False and row["check"].startswith("attention sdpa,") and "cuDNN off" not in row["check"]
+        for row in _rows(report, "checks")
+    )
+
+
 def merge(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The sections of several parts as one."""
     sections: dict[str, Any] = {}
@@ -97,7 +107,7 @@ def tables(report: dict[str, Any]) -> str:
         lines += ["A dry run of a toy on a CPU: it says that the program runs. Nothing here is a figure.", ""]
     lines += [
         f"torch {machine['torch']}, triton {machine['triton']}, Python {machine['python']}, "
-        f"{report['seconds']:.0f} s in all.",
+        f"{report['seconds']:.0f} s in all, attention of cuDNN {'on' if report['cudnn_attention'] else 'off'}.",
         "",
         _bars_table(report),
         "",

@@ -80,7 +80,7 @@ TOY = Setting(
     real=False,
     variant=replace(
         _A14B,
-        dit=replace(_A14B.dit, dim=64, ffn_dim=128, num_heads=2, num_layers=4, text_dim=32, text_len=8),
+        dit=replace(_A14B.dit, dim=64, ffn_dim=128, num_heads=2, num_layers=6, text_dim=32, text_len=8),
     ),
     image=Clip(frames=1, height=32, width=32),
     short=Clip(frames=5, height=32, width=32),
@@ -91,6 +91,6 @@ TOY = Setting(
     hidden=192,
     heads=2,
     rows=37,
-    few_blocks=3,
+    few_blocks=2,
     steps=3,
 )

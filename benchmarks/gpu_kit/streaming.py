@@ -115,7 +115,7 @@ def _deterministic(active: bool) -> Iterator[None]:
         return
     with_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # with warn_only, attention would stay as it is
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
