@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import InputError
-from memory.device import device_for
+from memory.device import Device, device_for
 from memory.masters import HostBlock
 from memory.plan import MemoryPlan, next_smaller
 from memory.quant import QuantRecipe
@@ -42,8 +42,6 @@ class PlacedBlocks:
     def __init__(self, dit: WanDiT) -> None:
         self.dit = dit
         self.runner: BlockRunner = run_plain
-        self.on_host = False
-        """Whether the frozen weights of the embeddings lie in pinned host memory."""
 
     def __call__(self, blocks: Sequence[nn.Module], x: Tensor, *inputs: Any) -> Tensor:
         return self.runner(blocks, x, *inputs)
@@ -93,7 +91,7 @@ class Placement:
             What its `forward` takes as `run_blocks`.
         """
         placed = PlacedBlocks(dit)
-        placed.runner = self._runner(placed)
+        placed.runner = self._runner(dit)
         self._placed.append(placed)
         return placed
 
@@ -118,12 +116,12 @@ class Placement:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # once, between steps: what the old plan left lies in pieces
         for placed in self._placed:
-            placed.runner = self._runner(placed)
+            placed.runner = self._runner(placed.dit)
         return self.plan
 
-    def _runner(self, placed: PlacedBlocks) -> BlockRunner:
-        dit, plan = placed.dit, self.plan
+    def _runner(self, dit: WanDiT) -> BlockRunner:
         blocks = list(dit.blocks)
+        plan = self.plan
         if plan is None:
             streamed, masters = spread(len(blocks), self._blocks_to_swap), "pinned"
             maths = FusedBlockMaths()
@@ -153,17 +151,27 @@ class Placement:
             store=self._store,
             masters=masters,  # type: ignore[arg-type]  # one of two words
         )
-        self._place_rest(placed)
+        where = "device" if plan is None else plan.outside
+        place_outside(dit, self.device, embeddings=where, operations=self._operations)
         return runner
 
-    def _place_rest(self, placed: PlacedBlocks) -> None:
-        """Put what is outside the blocks on the device; of the embeddings what trains, or all."""
-        dit = placed.dit
-        stays = self.plan is not None and self.plan.outside == "host"
-        move_all_but(dit, [*dit.blocks, *(dit.embeddings if stays else ())], self.device)
-        if stays and not placed.on_host:
-            HostBlock(nn.ModuleList(dit.embeddings), self._operations, place=self.device, kind="pinned")
-        placed.on_host = stays
+
+def place_outside(
+    dit: WanDiT, device: torch.device, *, embeddings: Literal["device", "host"], operations: Device
+) -> None:
+    """Put what is outside the blocks of a transformer where a plan wants it.
+
+    Args:
+        dit: the transformer.
+        device: where it computes, and where everything goes but the embeddings' weights.
+        embeddings: where `dit.embeddings` go; on the host into one piece of pinned memory, except what trains.
+        operations: of the device; the pinned memory is theirs.
+    """
+    if embeddings == "device":
+        move_all_but(dit, dit.blocks, device)
+        return
+    move_all_but(dit, [*dit.blocks, *dit.embeddings], device)
+    HostBlock(nn.ModuleList(dit.embeddings), operations, place=device, kind="pinned")
 
 
 def stored_recipe(
