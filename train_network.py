@@ -122,7 +122,9 @@ class Options:
     lr_scheduler_timescale: int | None = None
     """Of inverse_sqrt. Default: the warm-up, or 10000."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0: never."""
+    """Gradients are scaled down to this norm; 0: never. A step whose norm is no number is skipped."""
+    ema_decay: float | None = None
+    """Also keep a moving average of the weights with this decay, such as 0.999: saved as OUTPUT_NAME-ema."""
     gradient_accumulation_steps: int = 1
     """Batches per step."""
     max_train_steps: int = 1600
@@ -140,9 +142,14 @@ class Options:
     sigmoid_scale: float = 1.0
     """Scale of the normal numbers under the sigmoid (`sigmoid`, `shift`)."""
     logit_mean: float = 0.0
-    """Of `logit_normal`."""
+    """Of `logit_normal`, the law or the scheme."""
     logit_std: float = 1.0
-    """Of `logit_normal`."""
+    """Of `logit_normal`, the law or the scheme."""
+    weighting_scheme: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = "none"
+    """Which noise levels count how much: cosmap and sigma_sqrt weight the loss, logit_normal and mode the draws of the
+    law `sigma`."""
+    mode_scale: float | None = None
+    """Of the scheme `mode`. Default: 1.29."""
 
     # ---- output ---------------------------------------------------------------------------------------------------
     output_dir: Path
@@ -197,11 +204,14 @@ from networks.files import import_network_module, save_network
 from networks.last_step import LastStep
 from networks.optimization import create_optimizer, optimizer_name, weights_in_use
 from networks.schedules import make_schedule
+from training.ema import AdapterEMA
 from training.ending import ending_early
+from training.guard import BadSteps
 from training.held_out import held_out_clips, validate
 from training.memory_plan import plan_of_run
 from training.model import settle_model, trained_experts
 from training.step import TrainedExpert, accumulate_gradients, draw_expert
+from training.weighting import density_of
 from wan_ext import flow
 from wan_ext.configs import Expert, WanVariant
 from wan_ext.dit import WanDiT
@@ -232,6 +242,11 @@ def main(options: Options) -> None:
         "sigmoid_scale": options.sigmoid_scale,
         "logit_mean": options.logit_mean,
         "logit_std": options.logit_std,
+        **density_of(
+            options.weighting_scheme,
+            timestep_sampling=options.timestep_sampling,
+            mode_scale=options.mode_scale,
+        ),
     }
     accelerator = Accelerator(
         cpu=options.device == "cpu",
@@ -288,6 +303,7 @@ def main(options: Options) -> None:
             pose_frame=training_set.pose_frame,
             bf16=options.mixed_precision == "bf16",
             optimizer=optimizer_name(options.optimizer_type),
+            average=options.ema_decay is not None,
             blocks_to_swap=options.blocks_to_swap,
             vram=options.vram,
             ram=options.ram,
@@ -351,9 +367,13 @@ def main(options: Options) -> None:
     # ---- where to begin -------------------------------------------------------------------------------------------
     networks = {expert.name: expert.network for expert in experts}
     optimizers = {expert.name: expert.optimizer for expert in experts}
+    emas = {}
+    if options.ema_decay is not None:
+        emas = {expert.name: AdapterEMA(expert.network, decay=options.ema_decay) for expert in experts}
+    averages = {name: ema.state() for name, ema in emas.items()}
     first_step = 0
     if options.resume is not None:
-        first_step = load_state(options.resume, networks=networks, optimizers=optimizers)
+        first_step = load_state(options.resume, networks=networks, optimizers=optimizers, averages=averages)
         accelerator.print(f"resumed {options.resume} at step {first_step}")
     if options.log_with:
         accelerator.init_trackers(options.output_name)
@@ -366,18 +386,23 @@ def main(options: Options) -> None:
         name = options.output_name + suffix
         for expert in experts:
             metadata = run_metadata | {"ss_steps": str(step), "ss_epoch": str(step // steps_per_epoch)}
-            with weights_in_use(expert.optimizer):
-                for path in save_network(
-                    expert.network,
-                    options.output_dir,
-                    name,
-                    run_metadata=metadata,
-                    dtype=SAVE_DTYPES[options.save_precision],
-                ):
+            kinds = [(name, weights_in_use(expert.optimizer))]
+            if expert.name in emas:
+                kinds.append((f"{name}-ema", emas[expert.name].in_use()))
+            for title, in_use in kinds:
+                with in_use:
+                    paths = save_network(
+                        expert.network,
+                        options.output_dir,
+                        title,
+                        run_metadata=metadata,
+                        dtype=SAVE_DTYPES[options.save_precision],
+                    )
+                for path in paths:
                     tqdm.write(f"saved {path}")
         if with_state:
             folder = options.output_dir / f"{name}-state"
-            parts = {expert.name: state_part(expert.network, expert.optimizer) for expert in experts}
+            parts = {e.name: state_part(e.network, e.optimizer, averages.get(e.name)) for e in experts}
             save_state(folder, parts, step=step, config=config_of_run)
             tqdm.write(f"saved {folder}")
 
@@ -426,7 +451,8 @@ def main(options: Options) -> None:
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    last = LastStep(networks, optimizers, step=first_step)
+    last = LastStep(networks, optimizers, step=first_step, averages=averages)
+    bad_steps = BadSteps()
     interrupted = options.output_dir / f"{options.output_name}-interrupted-state"
     with ending_early(last, interrupted, config=config_of_run, saves=accelerator.is_main_process):
         for step in progress:
@@ -440,7 +466,14 @@ def main(options: Options) -> None:
             while mean_loss is None:
                 with suppress(torch.OutOfMemoryError):  # which goes with all that the step had made until then
                     mean_loss = accumulate_gradients(
-                        expert, batches, seed=options.seed, step=step, rank=rank, law=law, device=device
+                        expert,
+                        batches,
+                        seed=options.seed,
+                        step=step,
+                        rank=rank,
+                        law=law,
+                        weighting=options.weighting_scheme,
+                        device=device,
                     )
                 if mean_loss is None:
                     expert.optimizer.zero_grad(set_to_none=True)
@@ -451,15 +484,20 @@ def main(options: Options) -> None:
                 for parameter in parameters:
                     parameter.grad = accelerator.reduce(parameter.grad, "mean")
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm or math.inf).item()
-            if not math.isfinite(grad_norm):
-                raise InputError(
-                    f"step {step}: expected a finite gradient, found {grad_norm} at loss {mean_loss} (last clips: "
-                    f"{', '.join(batches[-1].keys)}); lower --learning_rate, or look at those clips"
-                )
             last.settle()
-            expert.optimizer.step()
+            if math.isfinite(grad_norm):
+                expert.optimizer.step()
+                if expert.name in emas:
+                    emas[expert.name].update()
+                bad_steps.good()
+            else:
+                clips = [key for batch in batches for key in batch.keys]
+                tqdm.write(bad_steps.bad(step, expert=expert.name, loss=mean_loss, grad_norm=grad_norm, clips=clips))
             expert.optimizer.zero_grad(set_to_none=True)
             last.keep(expert.name, step=step + 1)
+            if bad_steps.too_many is not None:
+                save("-bad", step + 1, with_state=True)
+                raise InputError(f"{bad_steps.too_many}; {options.output_name}-bad-state is from before them")
 
             # ---- what a person sees and keeps ---------------------------------------------------------------------
             if expert.name not in smooth_loss and placement.plan is not None and device.type == "cuda":
@@ -467,10 +505,12 @@ def main(options: Options) -> None:
                 tqdm.write(
                     f"memory of tensors: planned {placement.plan.tensor_bytes / GB:.2f} GB, measured {measured:.2f} GB"
                 )
-            smooth_loss[expert.name] = 0.98 * smooth_loss.get(expert.name, mean_loss) + 0.02 * mean_loss
+            if math.isfinite(mean_loss):
+                smooth_loss[expert.name] = 0.98 * smooth_loss.get(expert.name, mean_loss) + 0.02 * mean_loss
             progress.set_postfix({f"loss {name}": f"{value:.4f}" for name, value in sorted(smooth_loss.items())})
             if options.log_with:
                 curves = {f"loss/{expert.name}": mean_loss, f"grad_norm/{expert.name}": grad_norm}
+                curves["skipped_steps"] = bad_steps.count
                 for group in expert.optimizer.param_groups:
                     curves[f"lr/{group['name']}"] = group["lr"]
                 if device.type == "cuda":

@@ -3,6 +3,7 @@
     FOLDER/state.json                       step, settings of each network, echo of the configuration; names the other
     files FOLDER/{high|low}.safetensors           adapters and camera encoder of an expert, float32
     FOLDER/{high|low}_optimizer.pt          state of its optimizer
+    FOLDER/{high|low}_average.safetensors   moving average of its weights, where the run keeps one
 
 A state is written into a temporary folder that takes its name when it is whole, so a run that is killed at any moment
 leaves the old state or the new one. Random numbers need no state here: they are a function of (seed, step, rank,
@@ -41,15 +42,19 @@ class StatePart:
     optimizer: Mapping[str, Any]
     network_settings: Mapping[str, str]
     optimizer_settings: Mapping[str, str]
+    average: Mapping[str, Tensor] | None = None
 
 
-def state_part(network: Network, optimizer: torch.optim.Optimizer) -> StatePart:
+def state_part(
+    network: Network, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor] | None = None
+) -> StatePart:
     """What there is to save of an expert now; the tensors are the live ones, not copies."""
     return StatePart(
         weights=network.lora_state() | network.camera_state(),
         optimizer=optimizer.state_dict(),
         network_settings=network.metadata(),
         optimizer_settings=_describe(network, optimizer),
+        average=average,
     )
 
 
@@ -70,6 +75,8 @@ def save_state(
         for expert, part in parts.items():
             save_safetensors(part.weights, temporary / f"{expert}.safetensors", part.network_settings)
             torch.save(dict(part.optimizer), temporary / f"{expert}_optimizer.pt")
+            if part.average is not None:
+                save_safetensors(part.average, temporary / f"{expert}_average.safetensors", {})
         state = {
             "version": VERSION,
             "step": step,
@@ -85,7 +92,11 @@ def save_state(
 
 
 def load_state(
-    folder: Path, *, networks: Mapping[str, Network], optimizers: Mapping[str, torch.optim.Optimizer]
+    folder: Path,
+    *,
+    networks: Mapping[str, Network],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    averages: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> int:
     """Read a state into networks and optimizers that were made with the same settings.
 
@@ -93,6 +104,7 @@ def load_state(
         folder: a state, or a folder of states of which the latest is taken.
         networks: by expert; their weights are replaced.
         optimizers: by expert; likewise.
+        averages: by expert, for a run that keeps moving averages; written into.
 
     Returns:
         The number of steps done.
@@ -119,6 +131,7 @@ def load_state(
             expected=_describe(network, optimizers[expert]),
         )
     weights = {expert: read_safetensors(folder / f"{expert}.safetensors")[0] for expert in networks}
+    saved_averages = _read_averages(folder, state, averages or {})
     optimizer_states = {expert: _read_optimizer(folder / f"{expert}_optimizer.pt") for expert in networks}
     for expert, network in networks.items():
         try:
@@ -126,6 +139,9 @@ def load_state(
         except InputError as error:
             raise InputError(f"{folder / expert}.safetensors: {error}") from None
         optimizers[expert].load_state_dict(optimizer_states[expert])
+    for expert, average in (averages or {}).items():
+        for name, tensor in average.items():
+            tensor.copy_(saved_averages[expert][name])
     return int(state["step"])
 
 
@@ -224,6 +240,17 @@ def _check_equal(folder: Path, what: str, *, found: Mapping[str, str], expected:
 def _short(value: str | None) -> str:
     text = "none" if value is None else value
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read_averages(
+    folder: Path, state: Mapping[str, Any], averages: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Mapping[str, Tensor]]:
+    """The moving averages of a state, which has them if and only if the run that goes on has."""
+    has = any(name.endswith("_average.safetensors") for name in state["files"])
+    if has != bool(averages):
+        found = "a moving average" if has else "no moving average"
+        raise InputError(f"{folder}: found {found}; resume with the same --ema_decay that it was saved with")
+    return {expert: read_safetensors(folder / f"{expert}_average.safetensors")[0] for expert in averages}
 
 
 def _read_optimizer(path: Path) -> dict:

@@ -42,12 +42,18 @@ class LastStep:
         networks: by expert.
         optimizers: by expert.
         step: steps done before.
+        averages: by expert; moving averages of its weights, copied with them.
     """
 
     def __init__(
-        self, networks: Mapping[str, Network], optimizers: Mapping[str, torch.optim.Optimizer], *, step: int
+        self,
+        networks: Mapping[str, Network],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        *,
+        step: int,
+        averages: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        self._networks, self._optimizers = networks, optimizers
+        self._networks, self._optimizers, self._averages = networks, optimizers, averages or {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._copies: dict[str, list[_Copy]] = {}  # the newer one last
         for expert in networks:
@@ -61,7 +67,7 @@ class LastStep:
             step: optimizer steps done now, of all experts together.
         """
         network = self._networks[expert]
-        live = state_part(network, self._optimizers[expert])
+        live = state_part(network, self._optimizers[expert], self._averages.get(expert))
         copies = self._copies.setdefault(expert, [])
         reused = copies.pop(0).part if len(copies) == 2 else None
         device = next(network.parameters()).device
@@ -118,6 +124,7 @@ def _copied(live: StatePart, reused: StatePart | None) -> StatePart:
         live,
         weights=copy(live.weights, reused and reused.weights),
         optimizer=copy(live.optimizer, reused and reused.optimizer),
+        average=copy(live.average, reused and reused.average),
     )
 
 

@@ -32,6 +32,7 @@ def plan_of_run(
     pose_frame: str | None,
     bf16: bool,
     optimizer: str,
+    average: bool,
     blocks_to_swap: int | None,
     vram: str | None,
     ram: str | None,
@@ -51,6 +52,7 @@ def plan_of_run(
         pose_frame: of the data set.
         bf16: whether linears and activations are bfloat16.
         optimizer: --optimizer_type.
+        average: whether a moving average of what is trained is kept beside it.
         blocks_to_swap: the user's number of streamed blocks; None: the planner's choice.
         vram: --vram.
         ram: --ram.
@@ -77,7 +79,7 @@ def plan_of_run(
         bf16=bf16,
         optimizer=optimizer,
         trained_parameters=trained,
-        camera_bytes=_camera_bytes(variant, network_module, largest),
+        camera_bytes=_camera_bytes(variant, network_module, largest) + (4 * trained * len(experts) if average else 0),
         from_file=from_file,
         blocks_to_swap=blocks_to_swap,
     )

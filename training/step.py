@@ -14,6 +14,7 @@ from core.randomness import generator_for
 from dataset.batches import Batch
 from memory.runners import BlockRunner
 from networks.network import Network
+from training.weighting import loss_weights
 from wan_ext import flow
 from wan_ext.condition import first_frame_timestep, with_first_frame
 from wan_ext.configs import Expert
@@ -42,7 +43,12 @@ def draw_expert(experts: Sequence[TrainedExpert], *, seed: int, step: int) -> Tr
 
 
 def training_step(
-    expert: TrainedExpert, batch: Batch, noise: Tensor, sigma: Tensor, keep: Tensor | None = None
+    expert: TrainedExpert,
+    batch: Batch,
+    noise: Tensor,
+    sigma: Tensor,
+    keep: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The flow-matching loss of one batch.
 
@@ -52,6 +58,7 @@ def training_step(
         noise: [B, C, F, H, W]
         sigma: [B]
         keep: of the network's `draw_keep`. [B]
+        weights: what each clip's loss is multiplied with; None: 1. [B]
 
     Returns:
         a scalar.
@@ -74,7 +81,10 @@ def training_step(
         run_blocks=expert.run_blocks,
     )  # [B, C, F, H, W]
     target = flow.velocity_target(batch.latents, noise)
-    return F.mse_loss(velocity[:, :, known:], target[:, :, known:])
+    velocity, target = velocity[:, :, known:], target[:, :, known:]
+    if weights is None:
+        return F.mse_loss(velocity, target)
+    return (weights * F.mse_loss(velocity, target, reduction="none").mean(dim=(1, 2, 3, 4))).mean()
 
 
 def accumulate_gradients(
@@ -85,6 +95,7 @@ def accumulate_gradients(
     step: int,
     rank: int,
     law: Mapping[str, Any],
+    weighting: str = "none",
     device: torch.device,
 ) -> float:
     """Leave the gradients of one optimizer step in the network's parameters.
@@ -96,6 +107,7 @@ def accumulate_gradients(
         step: number of the step; with seed, rank and the batch's place it decides everything random.
         rank: this process.
         law: of sigma, as `flow.sample_sigma` takes it.
+        weighting: of the loss, as `loss_weights` takes it.
         device: of the expert.
 
     Returns:
@@ -110,7 +122,8 @@ def accumulate_gradients(
         noise = torch.randn(batch.latents.shape, generator=generator)
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout draws from the global state
         keep = expert.network.draw_keep(len(batch.keys), generator_for(seed, "camera_dropout", step, place, rank))
-        loss = training_step(expert, batch, noise.to(device), sigma.to(device), keep)
+        sigma = sigma.to(device)
+        loss = training_step(expert, batch, noise.to(device), sigma, keep, loss_weights(weighting, sigma))
         (loss / len(batches)).backward()
         mean_loss += loss.item() / len(batches)
     return mean_loss

@@ -15,6 +15,7 @@ arXiv:2403.03206. The laws carry musubi-tuner's names and meanings.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -23,8 +24,11 @@ from torch import Tensor
 from core.errors import InputError, nearest
 
 SigmaLaw = Literal["uniform", "sigmoid", "shift", "logit_normal", "sigma"]
+Density = Literal["uniform", "logit_normal", "mode"]
+"""Of the number under the law "sigma"."""
 NUM_TRAIN_TIMESTEPS = 1000
 """Length of the discrete table of the law "sigma", and the timestep of pure noise."""
+MAX_MODE_SCALE = 2 / (math.pi - 2)
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -62,6 +66,8 @@ def sample_sigma(
     sigmoid_scale: float = 1.0,
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
+    density: Density = "uniform",
+    mode_scale: float = 0.0,
     generator: torch.Generator,
 ) -> Tensor:
     """Draw one noise level per clip from a law restricted to [low, high).
@@ -74,6 +80,9 @@ def sample_sigma(
         low, high: the noise interval of the expert in training, e.g. (0.875, 1.0) for the high-noise one.
             The upper end 1 belongs to the interval (it is a level of the discrete law).
         shift, sigmoid_scale, logit_mean, logit_std: parameters of the laws that name them.
+        density: of the number from which the law sigma makes its level i: uniform, sigmoid(logit_mean + logit_std n),
+            or mode: u + mode_scale (u - sin^2(pi u / 2)).
+        mode_scale: in [-1, 2 / (pi - 2)], where that rises with u; above 0 the middle is drawn more often.
         generator: source of the randomness, on the CPU.
 
     Returns:
@@ -82,7 +91,15 @@ def sample_sigma(
     Raises:
         InputError: the law is unknown, a scale is not positive, or the law never falls into the interval.
     """
-    quantile = _Law(law, shift=shift, sigmoid_scale=sigmoid_scale, logit_mean=logit_mean, logit_std=logit_std)
+    quantile = _Law(
+        law,
+        shift=shift,
+        sigmoid_scale=sigmoid_scale,
+        logit_mean=logit_mean,
+        logit_std=logit_std,
+        density=density,
+        mode_scale=mode_scale,
+    )
     low_u, high_u = quantile.interval(low, high)
     u = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     sigma = quantile(low_u + u * (high_u - low_u)).float()
@@ -100,12 +117,22 @@ def interval_probability(
     sigmoid_scale: float = 1.0,
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
+    density: Density = "uniform",
+    mode_scale: float = 0.0,
 ) -> float:
     """How much of a law's mass lies in [low, high): with what probability training picks the expert of that interval.
 
     The arguments are those of `sample_sigma`.
     """
-    quantile = _Law(law, shift=shift, sigmoid_scale=sigmoid_scale, logit_mean=logit_mean, logit_std=logit_std)
+    quantile = _Law(
+        law,
+        shift=shift,
+        sigmoid_scale=sigmoid_scale,
+        logit_mean=logit_mean,
+        logit_std=logit_std,
+        density=density,
+        mode_scale=mode_scale,
+    )
     low_u, high_u = quantile.interval(low, high, allow_empty=True)
     return high_u - low_u
 
@@ -113,7 +140,17 @@ def interval_probability(
 class _Law:
     """One law as the quantile function that makes it from a uniform u, and that function's inverse."""
 
-    def __init__(self, law: SigmaLaw, *, shift: float, sigmoid_scale: float, logit_mean: float, logit_std: float):
+    def __init__(
+        self,
+        law: SigmaLaw,
+        *,
+        shift: float,
+        sigmoid_scale: float,
+        logit_mean: float,
+        logit_std: float,
+        density: Density,
+        mode_scale: float,
+    ):
         if law not in get_args(SigmaLaw):
             known = get_args(SigmaLaw)
             raise InputError(
@@ -124,7 +161,15 @@ class _Law:
                 raise InputError(f"timestep_sampling: {name} must be above 0, found {scale}")
         self.law = law
         self.shift = shift if law in ("shift", "sigma") else 1.0
-        self.mean, self.std = (logit_mean, logit_std) if law == "logit_normal" else (0.0, sigmoid_scale)
+        takes_logit = "logit_normal" in (law, density)
+        self.mean, self.std = (logit_mean, logit_std) if takes_logit else (0.0, sigmoid_scale)
+        if density != "uniform" and law != "sigma":
+            raise InputError(
+                f"timestep_sampling: the law {law!r} has a density of its own, found {density!r} beside it"
+            )
+        if not -1 <= mode_scale <= MAX_MODE_SCALE:
+            raise InputError(f"mode_scale: expected a number in [-1, {MAX_MODE_SCALE:.3f}], found {mode_scale:g}")
+        self.density, self.mode_scale = density, mode_scale
         self.is_normal = law in ("sigmoid", "shift", "logit_normal")
 
     def __call__(self, u: Tensor) -> Tensor:
@@ -132,17 +177,39 @@ class _Law:
         if self.is_normal:
             u = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
         elif self.law == "sigma":
-            u = ((u * NUM_TRAIN_TIMESTEPS).floor() + 1).clamp(max=NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS
+            level = (self._spread(u) * NUM_TRAIN_TIMESTEPS).floor() + 1
+            u = level.clamp(max=NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS
         return shift_sigma(u, self.shift)
+
+    def _spread(self, u: Tensor) -> Tensor:
+        """Quantile function of the density: float64 in [0, 1] -> the same."""
+        if self.density == "logit_normal":
+            return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+        return u + self.mode_scale * (u - torch.sin(math.pi / 2 * u) ** 2) if self.density == "mode" else u
+
+    def _gather(self, value: float) -> float:
+        """The inverse of `_spread`: how much of the density lies below a number."""
+        if self.density == "logit_normal":
+            logit = torch.logit(torch.tensor(value, dtype=torch.float64))
+            return torch.special.ndtr((logit - self.mean) / self.std).item()
+        if self.density == "uniform":
+            return value
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self._spread(torch.tensor(middle, dtype=torch.float64)).item() < value
+            low, high = (middle, high) if below else (low, middle)
+        return high if value > 0 else 0.0
 
     def interval(self, low: float, high: float, *, allow_empty: bool = False) -> tuple[float, float]:
         """The ends of the interval of u whose quantiles are the sigma in [low, high), or in [low, 1]."""
         if not 0 <= low < high <= 1:
             raise InputError(f"timestep_sampling: expected an interval 0 <= low < high <= 1, found [{low}, {high})")
         if self.law == "sigma":
-            levels = self((torch.arange(NUM_TRAIN_TIMESTEPS, dtype=torch.float64) + 0.5) / NUM_TRAIN_TIMESTEPS)
-            low_u = (levels < low).sum().item() / NUM_TRAIN_TIMESTEPS
-            high_u = 1.0 if high == 1 else (levels < high).sum().item() / NUM_TRAIN_TIMESTEPS
+            table = (torch.arange(NUM_TRAIN_TIMESTEPS, dtype=torch.float64) + 1) / NUM_TRAIN_TIMESTEPS
+            levels = shift_sigma(table, self.shift)
+            low_u = self._gather((levels < low).sum().item() / NUM_TRAIN_TIMESTEPS)
+            high_u = 1.0 if high == 1 else self._gather((levels < high).sum().item() / NUM_TRAIN_TIMESTEPS)
         else:
             low_u, high_u = self._cdf(low), self._cdf(high)
         if not low_u < high_u and not allow_empty:

@@ -62,6 +62,54 @@ def test_resumed_equals_uninterrupted(world, optimizer):
     assert not torch.equal(weights_of(whole)[key := first_up(whole)], weights_of(other_seed)[key])
 
 
+def test_a_resumed_average_equals_an_uninterrupted_one(world):
+    options = {"ema_decay": 0.5, "weighting_scheme": "cosmap", "lr_scheduler": "rex"}
+    whole = world.train("whole", **options, save_every_n_steps=2, save_state=True)
+    resumed = world.train("resumed", **options, resume=whole / "net-step00000002-state")
+    assert_same(weights_of(whole), weights_of(resumed))
+    assert_same(weights_of(whole, "-ema"), weights_of(resumed, "-ema"))
+    plain = world.train("plain", **(options | {"ema_decay": None}))
+    assert_same(weights_of(whole), weights_of(plain))
+    key = first_up(whole)
+    averaged = weights_of(whole, "-ema")[key.replace("net_", "net-ema_")]
+    assert 0 < averaged.norm() < weights_of(whole)[key].norm()
+    with pytest.raises(InputError, match="found a moving average; resume with the same --ema_decay"):
+        world.train("resumed", **(options | {"ema_decay": None}), resume=whole / "net-state")
+
+
+def no_number_at(monkeypatch, calls_from: int, calls_to: int) -> None:
+    """Let some passes of the transformer give no number, as an overflow would."""
+    calls = []
+
+    def forward(*given, **names):
+        calls.append(1)
+        velocity = plain(*given, **names)
+        return velocity * float("nan") if calls_from <= len(calls) <= calls_to else velocity
+
+    plain = WanDiT.forward
+    monkeypatch.setattr(WanDiT, "forward", forward)
+
+
+def test_a_step_without_a_number_is_skipped_and_named(world, monkeypatch, capsys):
+    no_number_at(monkeypatch, 2, 3)
+    folder = world.train("skipped", optimizer_type="AdamW8bit", ema_decay=0.9)
+    assert all(tensor.isfinite().all() for suffix in ("", "-ema") for tensor in weights_of(folder, suffix).values())
+    said = "".join(capsys.readouterr())
+    assert "step 1: skipped" in said and "step 2: skipped" in said and "2 in a row, 2 in all" in said
+    assert "step 3: skipped" not in said
+
+
+def test_ten_steps_without_a_number_end_the_run_with_its_state(world, monkeypatch):
+    before = world.train("before", max_train_steps=1)
+    no_number_at(monkeypatch, 2, 99)
+    with pytest.raises(InputError, match="steps 1 to 10: expected finite gradients.*clips: .*0000"):
+        world.train("stopped", max_train_steps=20)
+    assert_same(
+        weights_of(before), {k.replace("-bad", ""): v for k, v in weights_of(world.folder / "stopped", "-bad").items()}
+    )
+    assert json.loads((world.folder / "stopped" / "net-bad-state" / "state.json").read_text())["step"] == 11
+
+
 def first_up(folder):
     return next(name for name in weights_of(folder) if name.endswith("lora_B.weight"))
 
@@ -231,6 +279,8 @@ def test_tensorboard_gets_the_curves(world):
         ({"optimizer_type": "Adam9"}, "AdamW"),
         ({"optimizer_type": "Prodigy", "network_args": ("loraplus_lr_ratio=4",)}, "loraplus_lr_ratio"),
         ({"lr_scheduler": "cosin"}, "cosine"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"weighting_scheme": "mode"}, "weighting_scheme mode"),
         ({"lr_warmup_steps": 2}, "lr_warmup_steps 2: does nothing"),
         ({"blocks_to_swap": 7}, "6"),
         ({"timestep_boundary": 2000.0}, "timestep_boundary"),
