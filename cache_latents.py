@@ -119,15 +119,16 @@ def main(options: Options) -> None:
 
     def encode(frames: list[Tensor]) -> list[cache.Latents]:
         """Clips of one size, each uint8 [T, H, W, 3]."""
-        video = to_video(torch.stack(frames).to(device))  # [B, 3, T, H, W]
+        together = frames[0][None] if len(frames) == 1 else torch.stack(frames)  # a view, or a copy
+        video = rearrange(together.to(device), "b t h w c -> b c t h w")  # uint8
         encoded = []
         for place, latents in enumerate(vae.encode(video).cpu()):
+            first = video[place, :, 0].float().div_(127.5).sub_(1)  # [3, H, W] in [-1, 1]
             condition = image_context = None
             if variant.dit.condition_channels:
-                first = video[place, :, 0]  # [3, H, W]
                 condition = encode_first_frame(vae.encode, first, video.shape[2], variant).cpu()  # [Cc, F, h, w]
             if clip_encoder is not None:
-                image_context = clip_encoder.encode(video[place : place + 1, :, 0])[0].cpu()  # [257, 1280]
+                image_context = clip_encoder.encode(first[None])[0].cpu()  # [257, 1280]
             encoded.append(cache.Latents(latents=latents, condition=condition, image_context=image_context))
         return encoded
 
@@ -176,7 +177,7 @@ def batches_of(todo: Todo, batch_size: int, *, threads: int) -> Iterator[list[tu
     for clip in todo.mine:
         sources.setdefault((clip.source, clip.crop), []).append(clip)
     waiting: dict[tuple[int, ...], list[tuple[Clip, Tensor]]] = {}
-    for clip, frames in run_ahead([partial(read_clips, clips) for clips in sources.values()], threads=threads, depth=2):
+    for clip, frames in run_ahead([partial(read_clips, clips) for clips in sources.values()], threads=threads, depth=1):
         batch = waiting.setdefault(frames.shape, [])
         batch.append((clip, frames))
         if len(batch) == batch_size:
@@ -184,11 +185,6 @@ def batches_of(todo: Todo, batch_size: int, *, threads: int) -> Iterator[list[tu
     yield from waiting.values()
     for clip in todo.left():
         yield [(clip, read_clip(clip)[0])]
-
-
-def to_video(frames: Tensor) -> Tensor:
-    """uint8 [B, T, H, W, 3] -> float32 in [-1, 1] [B, 3, T, H, W]."""
-    return rearrange(frames.float().div_(127.5).sub_(1), "b t h w c -> b c t h w")  # in place: four bytes a number
 
 
 if __name__ == "__main__":

@@ -202,7 +202,15 @@ def read_clips(
             frames = begun.setdefault(place, [])
             frames.append(small)
             if len(frames) == clips[place].num_frames:
-                yield clips[place], torch.from_numpy(np.stack(begun.pop(place)))  # [T, H, W, 3]
+                yield clips[place], _stacked(begun.pop(place))  # [T, H, W, 3]
+
+
+def _stacked(frames: list[np.ndarray]) -> Tensor:
+    """Frames in one tensor, each let go when it is copied: one clip in memory, not two."""
+    clip = np.empty((len(frames), *frames[0].shape), dtype=np.uint8)
+    for place in reversed(range(len(frames))):
+        clip[place] = frames.pop()
+    return torch.from_numpy(clip)
 
 
 def resize_frame(frame: np.ndarray, crop: Crop) -> np.ndarray:

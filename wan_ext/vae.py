@@ -16,9 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from einops import rearrange
 from torch import Tensor
 
@@ -33,6 +35,8 @@ from wan_ext.whole_vae import WholeClip
 WHOLE_CLIP_BYTES = 2**30
 """Clips whose activations stay below this are run at once, which is up to ten times faster on a CPU; larger ones in
 chunks. The numbers are the same to 1e-5 (wan_ext/whole_vae.py)."""
+
+CHUNK_FRAMES = 4
 
 
 class WanVAE:
@@ -64,7 +68,8 @@ class WanVAE:
         """Clips to latents: the mean of the posterior, normalised.
 
         Args:
-            video: values in [-1, 1]; T = 4n + 1. [B, 3, T, H, W]
+            video: values in [-1, 1], or uint8 from 0 to 255, which becomes floats a few frames at a time: a quarter
+                of the memory; T = 4n + 1. [B, 3, T, H, W]
 
         Returns:
             float32 on the device of `video`. [B, C, F, h, w]
@@ -73,9 +78,8 @@ class WanVAE:
             InputError: T, H or W does not fit the strides.
         """
         require_video_size(video.shape[2:], self.config)
-        inside = video.to(device=self.device, dtype=self.dtype)
         whole = self._at_once(video.numel() // 3)
-        posterior = whole.encode(inside) if whole else self.network.encode(inside).latent_dist.mean
+        posterior = whole.encode(self._inside(video)) if whole else self._in_chunks(video)
         mean, std = self._channels(self.device)
         return ((posterior.float() - mean) / std).to(video.device)
 
@@ -98,6 +102,30 @@ class WanVAE:
         whole = self._at_once(latents.shape[0] * prod(latents.shape[2:]) * prod(self.config.stride))
         video = whole.decode(z).clamp(-1, 1) if whole else self.network.decode(z).sample
         return video.float().to(latents.device)
+
+    def _inside(self, video: Tensor) -> Tensor:
+        """Frames as the network takes them: its device and dtype, values in [-1, 1]."""
+        video = video.to(self.device)
+        if video.dtype == torch.uint8:
+            video = video.float().div_(127.5).sub_(1)
+        return video.to(self.dtype)
+
+    def _in_chunks(self, video: Tensor) -> Tensor:
+        """Posterior means, of the first frame and then of four frames at a time, as AutoencoderKLWan.encode walks."""
+        network: Any = self.network
+        network.clear_cache()
+        encoded = []
+        for chunk in (video[:, :, :1], *video[:, :, 1:].split(CHUNK_FRAMES, dim=2)):
+            if chunk.shape[2] == 0:
+                continue  # nothing follows the one frame of an image
+            inside = self._inside(chunk)
+            if self.config.patch_size is not None:
+                inside = patchify(inside, patch_size=self.config.patch_size)
+            position = network._enc_conv_idx = [0]
+            encoded.append(network.encoder(inside, feat_cache=network._enc_feat_map, feat_idx=position))
+        posterior = network.quant_conv(torch.cat(encoded, dim=2))
+        network.clear_cache()
+        return posterior[:, : self.config.z_dim]
 
     def _at_once(self, pixels: int) -> WholeClip | None:
         """The way without chunks, where a few of its largest activations fit `WHOLE_CLIP_BYTES`."""

@@ -56,6 +56,22 @@ def test_agrees_with_the_official_vae(case, at_once, monkeypatch):
     assert (vae.decode(tensors["latents"]) - decoded).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_bytes_are_encoded_as_their_values(case, at_once, monkeypatch):
+    """And in chunks as diffusers walks through them, an image too."""
+    monkeypatch.setattr(wan_ext.vae, "WHOLE_CLIP_BYTES", 2**30 if at_once else 0)
+    tensors, _, config, path = case
+    vae = load_vae(path, config)
+    video = ((tensors["video"].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    for part in (video, video[:, :, :1]):
+        values = part.float() / 127.5 - 1
+        latents = vae.encode(part)
+        assert torch.equal(latents, vae.encode(values))
+        plain = vae.network.encode(values).latent_dist.mean
+        mean, std = (torch.tensor(v)[:, None, None, None] for v in (config.latents_mean, config.latents_std))
+        assert (latents - (plain - mean) / std).abs().max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("config", [VAE_2_1, VAE_2_2], ids=lambda c: c.name)
 def test_native_names_are_as_many_as_the_tensors_of_the_real_vae(config):
     with torch.device("meta"):
