@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import NoReturn
+
+_LINE_BREAK = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # what str.splitlines splits at
 
 
 class InputError(ValueError):
@@ -12,8 +15,11 @@ class InputError(ValueError):
 
     The message is one line for the person who can fix it: what was expected, what was found, in which file, line or
     key, and what to do. Commands print that line and exit with code 2; every other exception is a defect of ours and
-    keeps its traceback.
+    keeps its traceback. A line break that a file's name or another program's words bring along is shown as its escape.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_LINE_BREAK.sub(lambda found: repr(found[0])[1:-1], message))
 
 
 def fail(problem: InputError) -> NoReturn:

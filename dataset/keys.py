@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ ELSEWHERE = {
 """Keys of musubi-tuner for other models than Wan, and why they stand for nothing here."""
 FRAME_RATES = (1e-3, 1e5)  # a time lapse of one frame in a quarter of an hour; the fastest cameras
 LARGEST_SIDE = 2**15  # pixels
+LARGEST_WEIGHT = 10**6
 
 
 def whole(value: Any) -> int:
@@ -71,11 +71,7 @@ def some_path(value: Any) -> Path:
     try:
         path = Path(value).expanduser()
         path.resolve(strict=False).exists()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # too long, a zero byte, a ~user that is nobody, a loop of links
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a ~user who is nobody, a loop
         raise ValueError(f"a path that can be looked for ({error})") from None
     return path
 
@@ -132,8 +128,8 @@ def share(value: Any) -> float:
 
 
 def positive(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
-        raise ValueError("a number above 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value <= LARGEST_WEIGHT):
+        raise ValueError(f"a number above 0, at most {LARGEST_WEIGHT}")
     return float(value)
 
 

@@ -105,6 +105,16 @@ def test_a_damaged_toml(tmp_path: Path, example: Path, damage: Callable[[bytes],
     reads_or_says_why(file)
 
 
+@pytest.mark.parametrize(
+    "value", ["1" * 5000, "1" + "0" * 400, "[" * 100_000, '"\\ud800"', "'''\n", "{a = 1, a = 2}", "1\nweight = 1"]
+)
+def test_tomls_that_parsers_choke_on(tmp_path: Path, value: str) -> None:
+    """A number that is too long, brackets too deep, half a character, no end, a key twice."""
+    file = tmp_path / "data.toml"
+    file.write_text(f"[[datasets]]\nvideo_directory = 'v'\ntarget_frames = [17]\nweight = {value}\n")
+    assert reads_or_says_why(file) is None
+
+
 @fuzzed(250)
 @given(st.data())
 def test_a_toml_of_any_values_means_what_it_says_or_is_refused(tmp_path: Path, data: st.DataObject) -> None:
@@ -183,6 +193,18 @@ def test_a_list_of_any_values(media: World, data: st.DataObject) -> None:
     good = {"video_path": str(media.videos / "a.mp4"), "caption": "a hall"}
     lines = [{**good, **data.draw(line)}, *data.draw(st.lists(line | VALUES, max_size=1))]
     sources_or_why(media, "\n".join(map(json.dumps, lines)).encode())
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000, '"\\ud800"', "1e999", "NaN", '"a"} {', '"x\\r"', "[]"])
+@pytest.mark.parametrize("key", ["video_path", "caption", "camera"])
+def test_lines_that_parsers_choke_on(media: World, key: str, value: str) -> None:
+    """A number that is too long, brackets too deep, half a character, no JSON, no text, a path with a line break."""
+    good = {"video_path": json.dumps(str(media.videos / "a.mp4")), "caption": '"x"'}
+    line = "{" + ", ".join(f'"{name}": {text}' for name, text in {**good, key: value}.items()) + "}"
+    sources_or_why(media, line.encode())
+    if (key, value) != ("caption", '"x\\r"'):
+        with pytest.raises(InputError):
+            list_sources("data.toml", listing(media))
 
 
 def test_a_key_that_stands_twice_in_a_line(media: World) -> None:
