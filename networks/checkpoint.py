@@ -225,6 +225,7 @@ def _describe(network: Network, optimizer: torch.optim.Optimizer) -> dict[str, s
     return {
         "class": f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}",
         "parameters": json.dumps(groups),
+        **{f"option {key}": str(value) for key, value in optimizer.defaults.items() if key != "lr"},
     }
 
 

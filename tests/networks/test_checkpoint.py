@@ -71,6 +71,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
 def test_resumed_equals_uninterrupted(optimizer: str, tmp_path: Path) -> None:
     whole = Run(optimizer)
     losses = whole.train(0, STEPS)
@@ -99,6 +100,20 @@ def test_a_state_holds_its_configuration(tmp_path: Path) -> None:
     state = read_state(tmp_path / "state")
     assert state["step"] == 7 and state["config"] == {"seed": 1, "output_dir": str(tmp_path / "state")}
     assert state["networks"]["high"]["expert"] == "high"
+
+
+def test_other_optimizer_args_are_refused_and_another_learning_rate_is_not(tmp_path: Path) -> None:
+    begun, other = Run(), Run()
+    begun.train(0, 2)
+    begun.save(tmp_path / "state")
+    for expert, args in (("high", {"weight_decay": "0.5"}), ("low", {})):
+        groups = other.networks[expert].parameter_groups(2e-3)
+        other.optimizers[expert] = create_optimizer("AdamW", groups, learning_rate=2e-3, optimizer_args=args)
+    with pytest.raises(InputError, match="this run has option weight_decay 0.5, the state has 0.01"):
+        other.load(tmp_path / "state")
+    groups = other.networks["high"].parameter_groups(2e-3)
+    other.optimizers["high"] = create_optimizer("AdamW", groups, learning_rate=2e-3, optimizer_args={})
+    assert other.load(tmp_path / "state") == 2
 
 
 # ---- whole or absent ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 
 from core.errors import InputError
 from networks.optimization import OPTIMIZERS, create_optimizer, optimizer_name, restored, weights_in_use
+from wan_ext.costs import OPTIMIZER_BYTES
 
 SCHEDULE_FREE = [name for name in OPTIMIZERS if name.endswith("ScheduleFree")]
 
@@ -93,6 +94,24 @@ def test_a_library_that_is_not_there_is_named(name, monkeypatch):
 def test_prodigy_takes_one_learning_rate():
     with pytest.raises(InputError, match="found 0.5 and 1; leave out camera_lr and loraplus_lr_ratio"):
         create_optimizer("prodigy", [*one_group(0.5), *one_group(1.0)], learning_rate=1, optimizer_args={})
+
+
+def tensors_in(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    return [tensor for value in state.values() for tensor in tensors_in(value)] if isinstance(state, dict) else []
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_a_state_is_no_larger_than_a_plan_says(name):
+    weights = torch.nn.Parameter(torch.ones(32, 8192))
+    groups = [{"params": [weights], "lr": 0.01}]
+    optimizer = create_optimizer(name, groups, learning_rate=0.01, optimizer_args={})
+    step(optimizer)
+    kept = sum(tensor.nbytes for tensor in tensors_in(optimizer.state_dict()["state"])) / weights.numel()
+    assert kept <= 1.02 * OPTIMIZER_BYTES[name]
+    assert kept >= 0.95 * OPTIMIZER_BYTES[name] or name == "Adafactor"  # of a rank above 4
 
 
 # ---- two points ----------------------------------------------------------------------------------------------------
