@@ -33,7 +33,9 @@ def block(groups: int, *, keep: bool = False, activations: float = 4.0, tera: fl
     )
 
 
-def model(*, trains: bool = True, models: int = 2, checkpoint: float = 0.5, tera: float = 40.0) -> ModelCosts:
+def model(
+    *, trains: bool = True, models: int = 2, checkpoint: float = 0.5, tera: float = 40.0, visiting: float = 0.0
+) -> ModelCosts:
     return ModelCosts(
         name="toy",
         num_blocks=10,
@@ -41,6 +43,8 @@ def model(*, trains: bool = True, models: int = 2, checkpoint: float = 0.5, tera
         trains=trains,
         block_bytes=GB,
         outside_bytes=GB,
+        visiting_bytes=int(visiting * GB),
+        visitor_bytes=int(visiting * GB / 2),
         trained_bytes={"weights": GB // 2, "optimizer": GB // 4} if trains else {},
         optimizer_bytes=GB // 8,
         input_bytes=GB // 100,
@@ -74,6 +78,7 @@ models = st.builds(
     models=st.integers(1, 2),
     checkpoint=st.floats(0.01, 3),
     tera=st.floats(0.1, 100),
+    visiting=st.sampled_from([0.0, 0.3, 0.9]),
 )
 
 
@@ -228,6 +233,35 @@ def test_what_waits_on_the_device_is_there_for_every_block() -> None:
     found = plan(1000.0, costs=small)
     assert found.device_bytes["activations"] == 20 * GB
     assert found.device_bytes["waiting for backward"] == 10 * (GB // 2) + 9 * found.costs.blocks[1].kept_bytes
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_weights_outside_the_blocks_go_to_the_host_only_where_that_saves_something(trains: bool) -> None:
+    """They cost a transfer that nothing hides, and no device memory but the largest of them before the first block."""
+    costs = model(trains=trains, visiting=0.9)
+    roomy = plan(60.0, costs=costs)
+    assert roomy.outside == "device" and roomy.stall_seconds == 0
+    sizes = {}
+    for visiting in (0.0, 0.9):
+        found = plan(60.0, costs=model(trains=trains, visiting=visiting))
+        while (smaller := next_smaller_or_none(found)) is not None:
+            found = smaller
+        sizes[visiting] = found
+    least = sizes[0.9]
+    assert least.outside == "host" and least.host_bytes["weights outside the blocks"] == costs.visiting_bytes
+    assert sizes[0.0].vram_bytes - least.vram_bytes == costs.visiting_bytes
+    assert least.stall_seconds >= costs.visiting_bytes / 2 / CARD.h2d  # of one model at a time
+    assert least.h2d_bytes - sizes[0.0].h2d_bytes == costs.visiting_bytes // 2
+    large = replace(costs, visitor_bytes=20 * GB)
+    with pytest.raises(InputError, match="at least"):
+        plan(least.vram_bytes / GB, costs=large)
+
+
+def next_smaller_or_none(found):
+    try:
+        return next_smaller(found)
+    except InputError:
+        return None
 
 
 def test_a_forward_pass_keeps_nothing() -> None:
