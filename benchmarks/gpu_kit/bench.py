@@ -37,6 +37,7 @@ from memory.runners import BlockMaths, BlockRunner
 from memory.store import HostStore
 from memory.stream import Ring, StreamedBlocks
 from wan_ext.fused_block import BlockSchedule, FusedBlockMaths
+from wan_ext.placement import place_outside
 from wan_ext.planning import plan_generation, plan_training
 from wan_ext.rope import rope_table
 
@@ -210,6 +211,8 @@ class Bench:
         if plan.streamed:
             ring = Ring(lease, max(_masters(expert).slot_bytes for expert in experts), min(2, len(plan.streamed)))
         for expert in experts:
+            place_outside(expert.dit, self.device, embeddings=plan.outside, operations=self.pool.device)
+            stack.callback(expert.move, self.device)
             for number, block in _masters(expert).blocks.items():
                 if number not in plan.streamed:
                     buffer = lease.buffer(block.num_bytes)

@@ -49,7 +49,7 @@ def identity_row(setting: Setting, recipe: str, *, keep_attention: bool, determi
     )
     plan = replace(plan, schedule=replace(plan.schedule, keep_attention=keep_attention))
     resident = replace(plan, streamed=(), store="device")
-    streamed = replace(plan, streamed=tuple(range(setting.few_blocks)), store="host")
+    streamed = replace(plan, streamed=tuple(range(setting.few_blocks)), store="host", outside="host")
     with _deterministic(deterministic and setting.device.type == "cuda"):
         first, again, other = (_run(setting, variant, recipe, one) for one in (resident, resident, streamed))
     same_again, same = _equal(first, again), _equal(first, other)
