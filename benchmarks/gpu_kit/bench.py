@@ -44,6 +44,8 @@ from wan_ext.rope import rope_table
 WARM_BLOCKS = 3
 HOST_SHARE = 0.72
 """Of the host's memory that plans may use: the weights of both experts stay there whatever a plan says."""
+USUAL_SLOWNESS = 1.5
+"""How much longer than planned a step may take before one was measured."""
 COPY_BYTES = 2**30
 UNKNOWN = "4090"
 """Whose rates are taken for a card that the catalogue lacks."""
@@ -164,6 +166,13 @@ class Bench:
             self._caps[clip] = {"whole": whole.vram_bytes, "smallest": plan.vram_bytes}
         return self._caps[clip]
 
+    def expected_seconds(self, plan: MemoryPlan) -> float:
+        """Of a step or pass: as planned, times what comparable ones took beyond their plans."""
+        known = self.slowness.get(plan.costs.name)
+        if known is None:
+            known = max(self.slowness.values(), default=USUAL_SLOWNESS) if plan.step_seconds > 1 else USUAL_SLOWNESS
+        return plan.step_seconds * known
+
     # ---- placing ----
 
     @contextmanager
@@ -184,15 +193,16 @@ class Bench:
         self._cap(cap)
         try:
             if plan.stored_bytes:
-                self.pool.reserve(plan.costs.num_blocks, plan.stored_bytes)
+                visitors = num_experts if plan.outside == "host" else 0  # embeddings, which may take such a piece each
+                self.pool.reserve(plan.costs.num_blocks + visitors, plan.stored_bytes)
             lease.reset()
             yield self._place(plan, experts, lease, stack)
         finally:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()  # before tensors are bound elsewhere, and host memory is lent to others
+            self._cap(None)
             stack.close()
             lease.end()
-            self._cap(None)
             tidy()
             for expert in others:
                 expert.move(self.device)
@@ -211,7 +221,7 @@ class Bench:
         if plan.streamed:
             ring = Ring(lease, max(_masters(expert).slot_bytes for expert in experts), min(2, len(plan.streamed)))
         for expert in experts:
-            place_outside(expert.dit, self.device, embeddings=plan.outside, operations=self.pool.device)
+            place_outside(expert.dit, self.device, embeddings=plan.outside, operations=lease)
             stack.callback(expert.move, self.device)
             for number, block in _masters(expert).blocks.items():
                 if number not in plan.streamed:

@@ -32,6 +32,7 @@ from benchmarks.gpu_kit.bench import Bench, timed
 from benchmarks.gpu_kit.model import DTYPE, loss_of, make_batch
 from benchmarks.gpu_kit.settings import GB, Clip
 from benchmarks.gpu_kit.training import step
+from memory.plan import MemoryPlan
 
 LOSS_TOLERANCE, LEAST_COSINE = 0.02, 0.95
 
@@ -113,7 +114,13 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
 
 def agreement(bench: Bench, clip: Clip) -> dict[str, Any]:
     """Loss and gradients of the eager step against ours, at few tokens: a check with `passed`."""
-    plan = replace(bench.training_plan(clip, 1000 * GB, num_experts=1), streamed=(), store="device", stored_bytes=0)
+    plan = replace(
+        bench.training_plan(clip, 1000 * GB, num_experts=1),
+        streamed=(),
+        outside="device",
+        store="device",
+        stored_bytes=0,
+    )
     with bench.placed(plan, num_experts=1) as placed:
         expert = placed.experts[0]
         batch = make_batch(bench.setting.variant, clip, device=bench.device, seed=3)
@@ -146,7 +153,13 @@ def eager_row(bench: Bench, clip: Clip, *, steps: int, attention: str = "default
         steps: how many are timed, after one over the first blocks.
         attention: "default", what PyTorch chooses, or "cudnn".
     """
-    plan = replace(bench.training_plan(clip, 1000 * GB, num_experts=1), streamed=(), store="device", stored_bytes=0)
+    plan = replace(
+        bench.training_plan(clip, 1000 * GB, num_experts=1),
+        streamed=(),
+        outside="device",
+        store="device",
+        stored_bytes=0,
+    )
     chosen = sdpa_kernel([SDPBackend.CUDNN_ATTENTION]) if attention == "cudnn" else nullcontext()
     on_cuda = bench.device.type == "cuda"
     with bench.placed(plan, num_experts=1) as placed, chosen:
@@ -167,6 +180,11 @@ def eager_row(bench: Bench, clip: Clip, *, steps: int, attention: str = "default
             "measured_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
             "losses": [float(loss) for _, loss in results],
         }
+
+
+def _all_on_the_device(bench: Bench, clip: Clip) -> MemoryPlan:
+    plan = bench.training_plan(clip, 1000 * GB, num_experts=1)
+    return replace(plan, streamed=(), outside="device", store="device", stored_bytes=0)
 
 
 def _run_first(blocks: Sequence[nn.Module], x: Tensor, *inputs: Any) -> Tensor:

@@ -24,7 +24,7 @@ def generation_row(bench: Bench, clip: Clip, cap: int | None, *, name: str) -> d
     """
     plan = bench.generation_plan(clip, bench.card_bytes() if cap is None else cap)
     if cap is None:
-        plan = replace(plan, streamed=())
+        plan = replace(plan, streamed=(), outside="device")
     on_cuda = bench.device.type == "cuda"
     seconds: dict[str, list[float]] = {}
     waits = []

@@ -31,8 +31,6 @@ PARTS = {"checks": None, "exact": "fp8", "int8": "int8_w8a8"}
 """Names, and the recipe of each."""
 PINNING = 2.5e9
 """Bytes of host memory that the driver registers in a second."""
-USUAL_SLOWNESS = 1.5
-"""How much longer than planned a step may take before one was measured."""
 EAGER = 2.5
 """Times as long as ours, for the clock."""
 
@@ -84,11 +82,11 @@ class _Rows:
     def quick_rows(self) -> None:
         s, exact = self.setting, self.recipe == "fp8"
         names = list(self.bench.caps(s.short))
-        self.train(s.short, names[0], steps=2)
+        for name in dict.fromkeys((names[0], names[-1])):
+            self.train(s.short, name, steps=2)
         if exact:
             self.agree()
             self.eager(s.short, steps=1)
-        self.train(s.short, names[-1], steps=2)
         self.train(s.image, names[-1], steps=2)
         self.generate(s.short, names[-1])
         self.train(s.long, names[0], steps=1)
@@ -98,31 +96,35 @@ class _Rows:
     def all_rows(self) -> None:
         s, exact = self.setting, self.recipe == "fp8"
         names = list(self.bench.caps(s.long))
+        ends, between = dict.fromkeys((names[0], names[-1])), names[1:-1]
+        large = "12 GB" if "12 GB" in names else names[-1]
         self.train(s.long, names[0], steps=2)
         if exact:
             self.agree()
             self.eager(s.long, steps=1)
-        for name in names:
-            self.train(s.short, name, steps=4)
-        if exact:
-            self.eager(s.short, steps=2)
-        self.train(s.long, names[-1], steps=2)
-        self.resident(s.short, names[0], steps=4)
-        for name in names:
-            self.train(s.image, name, steps=4)
-        for clip in (s.short, s.long):
-            self.generate(clip, names[-1])
-            self.generate(clip, None)
-        large = "12 GB" if "12 GB" in names else names[-1]
-        if exact:
-            self.train(s.large, large, steps=1)
-        for name in names[1:-1]:
-            self.train(s.long, name, steps=1)
-        self.resident(s.long, names[0], steps=1)
-        if exact:
-            self.eager(s.long, steps=1, attention="cudnn")
         else:
             self.train(s.large, large, steps=1)
+        for name in ends:
+            self.train(s.short, name, steps=4)
+        if exact:
+            self.eager(s.short, steps=1)
+        self.train(s.long, names[-1], steps=1)
+        for name in ends:
+            self.train(s.image, name, steps=4)
+        self.generate(s.short, names[-1])
+        self.generate(s.short, None)
+        self.resident(s.short, names[0], steps=2)
+        for clip in (s.short, s.image):
+            for name in between:
+                self.train(clip, name, steps=2)
+        self.generate(s.long, names[-1])
+        for name in between:
+            self.train(s.long, name, steps=1)
+        self.resident(s.long, names[0], steps=1)
+        self.generate(s.long, None)
+        if exact:
+            self.train(s.large, large, steps=1)
+            self.eager(s.long, steps=1, attention="cudnn")
 
     # ---- one row each ----
 
@@ -192,8 +194,7 @@ class _Rows:
                 self.records.add(section, {"recipe": self.recipe, "what": what, "no_plan": str(refusal)})
                 return
             pinned = self.bench.pool.missing_bytes(planned.costs.num_blocks, planned.stored_bytes)
-            slowness = self.bench.slowness.get(planned.costs.name, USUAL_SLOWNESS)
-            seconds = steps * planned.step_seconds * slowness + pinned / PINNING + 4 * self.setting.real
+            seconds = steps * self.bench.expected_seconds(planned) + pinned / PINNING + 4 * self.setting.real
             if not self.records.clock.fits(seconds):
                 self.records.skip(section, f"{self.recipe}, {what}", seconds)
                 return

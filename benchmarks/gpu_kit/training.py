@@ -2,8 +2,9 @@
 
 What: for a clip and a cap, the planner's plan is carried out and some optimizer steps are timed, the experts in turn.
 A row says which plan, its bytes against the allocator's peak, seconds (median), the bytes that travelled, how long they
-take alone (at the measured rate) and how long the computation stood still for them. `resident_row` is the same schedule
-with all weights on the device and no cap.
+take alone (at the measured rate) and how long the computation stood still for them: the waits that were timed, and the
+embeddings' weights where they are copied for each forward, in the computation's own queue. `resident_row` is the same
+schedule with all weights on the device and no cap.
 
 How: where both experts do not fit into a card, the row is of one of them and says so. When memory runs out all the
 same, the planner's next smaller plan is tried, as training does, up to twice.
@@ -67,7 +68,7 @@ def resident_row(bench: Bench, clip: Clip, like: MemoryPlan, *, steps: int) -> d
     room = bench.card_bytes() - like.vram_bytes - resident
     if room < 0:
         raise torch.OutOfMemoryError(f"{clip}: the weights do not fit on this card")
-    plan = replace(like, streamed=())
+    plan = replace(like, streamed=(), outside="device")
     if waiting < room and not like.eight_bit_store:
         plan = replace(plan, store="device", stored_bytes=0)
     figures = _measure(bench, clip, plan, num_experts=1, cap=None, steps=steps)
@@ -86,6 +87,7 @@ def _choice(plan: MemoryPlan) -> dict[str, Any]:
     return {
         "schedule": str(plan.schedule),
         "streamed": len(plan.streamed),
+        "embeddings": plan.outside,
         "store": f"{plan.store}, 8 bits" if plan.eight_bit_store else plan.store,
     }
 
@@ -103,20 +105,22 @@ def _measure(
             torch.cuda.reset_peak_memory_stats()
         retries = _retries() if on_cuda else 0
         seconds, waits, losses, moved = _steps(bench, placed, batch, steps)
+        visits = plan.costs.visiting_bytes // plan.costs.num_models if plan.outside == "host" else 0
         found: dict[str, Any] = {
             "seconds": statistics.median(seconds),
             "all_seconds": seconds,
-            "h2d_bytes": moved[0],
+            "h2d_bytes": moved[0] + visits,
             "d2h_bytes": moved[1],
-            "transfer_seconds": max(moved[0] / bench.rates.h2d, moved[1] / bench.rates.d2h),
-            "stall_seconds": statistics.median(waits) if on_cuda else None,
+            "transfer_seconds": max((moved[0] + visits) / bench.rates.h2d, moved[1] / bench.rates.d2h),
+            "stall_seconds": statistics.median(waits) + visits / bench.rates.h2d if on_cuda else None,
             "measured_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
             "reserved_bytes": torch.cuda.max_memory_reserved() if on_cuda else None,
             "allocator_retries": _retries() - retries if on_cuda else None,
             "losses": losses,
         }
     if on_cuda and cap is not None:
-        bench.slowness[plan.costs.name] = found["seconds"] / plan.step_seconds
+        if plan.step_seconds > 1:  # short ones have costs of their own
+            bench.slowness[plan.costs.name] = found["seconds"] / plan.step_seconds
     return found
 
 
