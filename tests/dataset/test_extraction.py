@@ -85,3 +85,9 @@ def test_half_the_rate_takes_every_second_frame():
 def test_no_frame_is_ever_repeated():
     with pytest.raises(ValueError, match="without repeating"):
         resample(10, source_fps=8, target_fps=16)
+
+
+def test_more_samples_than_there_are_places_are_all_places():
+    """At once, however many are asked for."""
+    found = windows(25, lengths=[17], extraction="uniform", samples=10**12)
+    assert found == windows(25, lengths=[17], extraction="slide", stride=1)

@@ -71,7 +71,7 @@ def damages(draw: st.DrawFn, words: tuple[str, ...] = ()) -> Callable[[bytes], b
 # ---- the TOML --------------------------------------------------------------------------------------------------------
 
 MARKS = ('"', "'", '"""', "[", "]", "[[", "]]", "=", "\n", "#", ",", ".", "\\", "{", "}", "\r", "1e999", "-", "nan")
-PLACES = ("~nobody/x", "a" * 300, "a\0b", "v", "../v", "x/" * 3000)
+PLACES = ("~no.such.user/x", "a" * 300, "a\0b", "v", "../v", "x/" * 3000)
 NUMBERS = st.sampled_from([0, 1, -1, 17, 10**400, 5e-324, 1e308, math.nan, math.inf, True]) | st.integers(1, 96)
 VALUES = (
     NUMBERS
@@ -112,6 +112,17 @@ def test_tomls_that_parsers_choke_on(tmp_path: Path, value: str) -> None:
     """A number that is too long, brackets too deep, half a character, no end, a key twice."""
     file = tmp_path / "data.toml"
     file.write_text(f"[[datasets]]\nvideo_directory = 'v'\ntarget_frames = [17]\nweight = {value}\n")
+    assert reads_or_says_why(file) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["target_fps = 5e-324", "source_fps = 1e308", "resolution = [10000000000, 64]\nenable_bucket = true"]
+    + ['cache_directory = "~no.such.user/x"', f'cache_directory = "{"a" * 300}"', 'camera_directory = "a\\u0000b"'],
+)
+def test_values_that_no_machine_can_take(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "data.toml"
+    file.write_text(f"[[datasets]]\nvideo_directory = 'v'\ntarget_frames = [17]\n{line}\n")
     assert reads_or_says_why(file) is None
 
 
