@@ -114,13 +114,7 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
 
 def agreement(bench: Bench, clip: Clip) -> dict[str, Any]:
     """Loss and gradients of the eager step against ours, at few tokens: a check with `passed`."""
-    plan = replace(
-        bench.training_plan(clip, 1000 * GB, num_experts=1),
-        streamed=(),
-        outside="device",
-        store="device",
-        stored_bytes=0,
-    )
+    plan = _all_on_the_device(bench, clip)
     with bench.placed(plan, num_experts=1) as placed:
         expert = placed.experts[0]
         batch = make_batch(bench.setting.variant, clip, device=bench.device, seed=3)
@@ -153,13 +147,7 @@ def eager_row(bench: Bench, clip: Clip, *, steps: int, attention: str = "default
         steps: how many are timed, after one over the first blocks.
         attention: "default", what PyTorch chooses, or "cudnn".
     """
-    plan = replace(
-        bench.training_plan(clip, 1000 * GB, num_experts=1),
-        streamed=(),
-        outside="device",
-        store="device",
-        stored_bytes=0,
-    )
+    plan = _all_on_the_device(bench, clip)
     chosen = sdpa_kernel([SDPBackend.CUDNN_ATTENTION]) if attention == "cudnn" else nullcontext()
     on_cuda = bench.device.type == "cuda"
     with bench.placed(plan, num_experts=1) as placed, chosen:

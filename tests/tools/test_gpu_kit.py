@@ -7,15 +7,19 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.gpu_kit import report as reports
+from benchmarks.gpu_kit.bench import Bench
 from benchmarks.gpu_kit.host_pool import HostPool, Lease
+from benchmarks.gpu_kit.model import loss_of, make_batch
 from benchmarks.gpu_kit.optimizer import AdamW8
 from benchmarks.gpu_kit.records import Clock, Records
+from benchmarks.gpu_kit.settings import TOY
 from memory.device import CpuDevice
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +172,25 @@ def test_host_memory_is_lent_and_comes_back() -> None:
     assert pool.missing_bytes(2, 128) == 128
     pool.reserve(2, 128)
     assert [piece.numel() for piece in pool.free] == [128, 128]
+
+
+def test_wherever_a_plan_puts_the_experts_they_compute_the_same() -> None:
+    bench = Bench(TOY, "fp8")
+    bench.build()
+    plan = replace(bench.training_plan(TOY.long, 10**12), store="device", outside="device", stored_bytes=0)
+    batch = make_batch(TOY.variant, TOY.long, device=torch.device("cpu"), seed=0)
+    found = []
+    for streamed, place in (((), "device"), (range(6), "host"), ((0, 3, 4), "host"), ((), "device")):
+        with bench.placed(replace(plan, streamed=tuple(streamed), store=place, outside=place)) as placed:
+            placed.lease.reset()  # resident blocks have travelled
+            for expert in placed.experts:
+                loss_of(expert.dit, batch, placed.runners[expert.name]).backward()
+                found.append([parameter.grad for parameter in expert.network.parameters()])
+                expert.network.zero_grad(set_to_none=True)
+            assert (placed.lease.h2d_bytes > 0) == (place == "host")
+    for number in range(2, len(found)):
+        assert all(torch.equal(a, b) for a, b in zip(found[number % 2], found[number], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
 
 
 def test_the_optimizer_does_what_adamw_does() -> None:
