@@ -71,11 +71,11 @@ from core.processes import this_process
 from dataset import cache
 from dataset.buckets import Crop
 from dataset.caching import Todo, find_todo, prune_wanted, say, say_reused, tidy
+from dataset.clip_frames import read_clip, read_clips
 from dataset.clips import Clip, list_clips
 from dataset.config import read_dataset_config
 from dataset.musubi_caches import reuse_latents
 from dataset.prefetch import run_ahead
-from dataset.video import read_clip, read_clips
 from wan_ext.condition import encode_first_frame
 from wan_ext.configs import get_variant
 from wan_ext.image_encoder import load_image_encoder

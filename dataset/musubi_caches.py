@@ -31,8 +31,9 @@ from core.errors import InputError
 from core.files import read_safetensors, read_safetensors_header
 from dataset import cache
 from dataset.buckets import Crop
+from dataset.clip_frames import read_clips
 from dataset.clips import Clip
-from dataset.video import IMAGE_SUFFIXES, list_frames, read_clips, resize_frame
+from dataset.video import IMAGE_SUFFIXES, list_frames, resize_frame
 
 LATENT_BOUND = 0.1
 """|theirs - ours| / |ours| of a clip's latents. Measured on rendered rooms with the tiny VAE: bf16 instead of float32

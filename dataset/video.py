@@ -7,12 +7,11 @@ the next one is decoded, so memory holds the clip as it will be encoded and one 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import av
 import numpy as np
@@ -24,9 +23,6 @@ from torch import Tensor
 from core.errors import InputError
 from core.files import atomic_path
 from dataset.buckets import Crop, cover_crop
-
-if TYPE_CHECKING:
-    from dataset.clips import Clip
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -147,70 +143,6 @@ def decode(source: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
 def read_frames(source: Path) -> Tensor:
     """All frames of a video or a folder of frames as they are, uint8 [T, H, W, 3]. Raises InputError as `decode`."""
     return torch.stack([torch.from_numpy(frame) for frame in decode(source, range(probe(source).num_frames))])
-
-
-def read_clip(clip: Clip) -> tuple[Tensor, Crop]:
-    """The frames of a clip at the size it is trained at.
-
-    Args:
-        clip: from `list_clips`.
-
-    Returns:
-        frames uint8 [T, H, W, 3] in RGB, and the resize and crop that were applied to every one.
-
-    Raises:
-        InputError: the source cannot be decoded, or its frames are not of the size found when the clip was listed.
-    """
-    ((_, frames),) = read_clips([clip])
-    return frames, clip.crop
-
-
-def read_clips(
-    clips: Sequence[Clip], resize: Callable[[np.ndarray, Crop], np.ndarray] | None = None
-) -> Iterator[tuple[Clip, Tensor]]:
-    """The frames of several clips of one source, decoded in one pass.
-
-    Memory holds the clips that are begun and not yet complete; frames that they share are held once.
-
-    Args:
-        clips: of one source and one crop.
-        resize: brings a frame to its size; None: `resize_frame`.
-
-    Yields:
-        Each clip when its last frame is decoded, with its frames, uint8 [T, H, W, 3] in RGB.
-
-    Raises:
-        InputError: as `read_clip`.
-    """
-    source, crop = clips[0].source, clips[0].crop
-    if any(clip.source != source or clip.crop != crop for clip in clips):
-        raise ValueError("read_clips: expected clips of one source and one crop")
-    users: dict[int, list[int]] = {}
-    for place, clip in enumerate(clips):
-        for index in clip.frame_indices:
-            users.setdefault(index, []).append(place)
-    begun: dict[int, list[np.ndarray]] = {}
-    wanted = sorted(users)
-    for index, frame in zip(wanted, decode(source, wanted), strict=True):
-        if frame.shape[:2] != (crop.source_height, crop.source_width):
-            raise InputError(
-                f"{source}: expected {crop.source_width}x{crop.source_height} pixels in every frame, found "
-                f"{frame.shape[1]}x{frame.shape[0]} in frame {index}; make all frames one size"
-            )
-        small = (resize or resize_frame)(frame, crop)
-        for place in users[index]:
-            frames = begun.setdefault(place, [])
-            frames.append(small)
-            if len(frames) == clips[place].num_frames:
-                yield clips[place], _stacked(begun.pop(place))  # [T, H, W, 3]
-
-
-def _stacked(frames: list[np.ndarray]) -> Tensor:
-    """Frames in one tensor, each let go when it is copied: one clip in memory, not two."""
-    clip = np.empty((len(frames), *frames[0].shape), dtype=np.uint8)
-    for place in reversed(range(len(frames))):
-        clip[place] = frames.pop()
-    return torch.from_numpy(clip)
 
 
 def resize_frame(frame: np.ndarray, crop: Crop) -> np.ndarray:

@@ -205,8 +205,8 @@ def show(options: Show, config: DatasetConfig, files: ModelFiles, variant: WanVa
 
     from camera.plots import plot_path
     from dataset import cache
+    from dataset.clip_frames import read_clip
     from dataset.clip_sheet import clip_sheet
-    from dataset.video import read_clip
     from evaluation.filming import decode_frames
     from wan_ext.vae import load_vae
 

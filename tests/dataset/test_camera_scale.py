@@ -13,8 +13,9 @@ from core.files import read_safetensors
 from dataset import cache
 from dataset.batches import TrainingSet
 from dataset.cameras import read_clip_camera
+from dataset.clip_frames import read_clip
 from dataset.config import read_dataset_config
-from dataset.video import read_clip, write_frames
+from dataset.video import write_frames
 
 SLIDE = {"target_frames": [5], "frame_extraction": "slide", "frame_stride": 6}
 

@@ -7,7 +7,8 @@ from tiny_dataset import FPS, HEIGHT, WIDTH, T, camera_path, dot_frames, project
 from camera.files.formats import write_re10k, write_ten
 from core.errors import InputError
 from dataset.cameras import read_clip_camera
-from dataset.video import read_clip, write_frames
+from dataset.clip_frames import read_clip
+from dataset.video import write_frames
 
 
 def dot_centres(frames):

@@ -7,7 +7,8 @@ import pytest
 from tiny_dataset import smooth_frames
 
 from core.errors import InputError
-from dataset.video import read_clip, write_frames, write_video
+from dataset.clip_frames import read_clip
+from dataset.video import write_frames, write_video
 
 
 def test_a_clip_knows_its_frames_size_caption_and_files(world):

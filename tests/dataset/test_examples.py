@@ -7,9 +7,10 @@ import pytest
 from tiny_dataset import World, camera_path, dot_frames
 
 from dataset.cameras import read_clip_camera
+from dataset.clip_frames import read_clip
 from dataset.clips import list_clips
 from dataset.config import read_dataset_config
-from dataset.video import read_clip, write_frames
+from dataset.video import write_frames
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "dataset-toml").glob("*.toml"))

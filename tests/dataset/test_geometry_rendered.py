@@ -25,9 +25,10 @@ from camera.path import CameraPath, inverse_poses
 from dataset import cache
 from dataset.buckets import Crop
 from dataset.cameras import read_clip_camera
+from dataset.clip_frames import read_clip
 from dataset.clips import Clip, list_clips
 from dataset.config import read_dataset_config
-from dataset.video import read_clip, write_frames
+from dataset.video import write_frames
 from scenes.motion import look_at
 from scenes.render import Renderer
 from scenes.scene import Ball, Paint, make_scene

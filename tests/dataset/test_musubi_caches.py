@@ -13,8 +13,9 @@ from core.errors import InputError
 from core.files import read_safetensors_metadata
 from dataset import cache
 from dataset.buckets import cover_crop
+from dataset.clip_frames import read_clip
 from dataset.musubi_caches import area_resize, read_as_musubi, reuse_latents, reuse_text
-from dataset.video import read_clip, write_frames, write_video
+from dataset.video import write_frames, write_video
 
 STRIDE, CHANNELS, WIDTH = 8, 12, 6
 

@@ -9,8 +9,9 @@ from PIL import Image
 from tiny_dataset import World, smooth_frames
 
 from core.errors import InputError
+from dataset.clip_frames import read_clip
 from dataset.clips import Clip
-from dataset.video import probe, read_clip
+from dataset.video import probe
 
 
 @pytest.fixture

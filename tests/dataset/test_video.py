@@ -9,21 +9,11 @@ import torch
 from PIL import Image
 from tiny_dataset import smooth_frames
 
-import dataset.video
+import dataset.clip_frames
 from core.errors import InputError
 from dataset.buckets import Crop, cover_crop
-from dataset.video import (
-    decode,
-    list_frames,
-    probe,
-    read_clip,
-    read_clips,
-    read_frames,
-    read_image,
-    resize_frame,
-    write_frames,
-    write_video,
-)
+from dataset.clip_frames import read_clip, read_clips
+from dataset.video import decode, list_frames, probe, read_frames, read_image, resize_frame, write_frames, write_video
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 17, 40])
@@ -229,8 +219,8 @@ def test_clips_of_one_video_come_from_one_pass_as_from_many(world, monkeypatch):
     assert len(clips) > 5
     alone = {clip.name: read_clip(clip)[0] for clip in clips}
     passes = []
-    once = dataset.video.decode
-    monkeypatch.setattr(dataset.video, "decode", lambda *given: passes.append(given) or once(*given))
+    once = dataset.clip_frames.decode
+    monkeypatch.setattr(dataset.clip_frames, "decode", lambda *given: passes.append(given) or once(*given))
     together = dict((clip.name, frames) for clip, frames in read_clips(clips))
     assert len(passes) == 1 and together.keys() == alone.keys()
     for name, frames in together.items():

@@ -141,7 +141,11 @@ BAD_ARGUMENTS = [
     ("plucker", {"camera_lr": "fast"}, "camera_lr: expected a number above 0, found 'fast'"),
     ("plucker", {"camera_lr": "nan"}, "camera_lr: expected a number above 0"),
     ("plucker", {"camera_hidden": "0"}, "camera_hidden: expected a whole number of at least 1"),
-    ("lora", {"injection": "bias"}, "networks.lora has include_patterns, exclude_patterns, found 'injection'"),
+    (
+        "lora",
+        {"injection": "bias"},
+        "networks.lora has include_patterns, exclude_patterns, loraplus_lr_ratio, found 'injection'",
+    ),
     ("lora", {"include_patterns": "['a', 3]"}, "include_patterns: expected a pattern or a list"),
     ("lora", {"include_patterns": "['a'"}, "include_patterns: expected a pattern or a list"),
 ]
