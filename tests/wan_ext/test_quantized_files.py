@@ -55,8 +55,9 @@ def written(source, tmp_path_factory):
 
     def write(name: str):
         if name not in files:
-            files[name] = folder / f"{name}.safetensors"
-            write_quantized_dit(source, files[name], recipe=RECIPES[name], variant=VARIANT)
+            path = folder / f"{name}.safetensors"
+            write_quantized_dit(source, path, recipe=RECIPES[name], variant=VARIANT)
+            files[name] = path
         return files[name]
 
     return write
@@ -136,8 +137,9 @@ def test_what_is_mapped_is_what_any_reader_reads(written):
 
 
 def test_blocks_lie_as_streaming_packs_them(written, monkeypatch):
+    path = written("int8_rotated")
     monkeypatch.setattr(SafetensorsFile, "get", None)  # mapped, not read
-    dit = load(written("int8_rotated"))
+    dit = load(path)
     file = SafetensorsFile(written("int8_rotated"))
     for number, block in enumerate(dit.blocks):
         places = [file.tensors[f"blocks.{number}.{name}"] for name, _ in block.named_parameters()]
