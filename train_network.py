@@ -441,7 +441,7 @@ def main(options: Options) -> None:
         rank=rank,
         world_size=world_size,
     )
-    # Two batches are read while a GPU computes. On a CPU a second thread that uses torch leaves the first a single core.
+    # Two batches are read while a GPU computes. On a CPU a second thread that uses torch leaves the first one core.
     data = run_ahead([lambda: order], threads=1, depth=2) if device.type == "cuda" else order
     smooth_loss: dict[str, float] = {}
     progress = tqdm(
