@@ -167,7 +167,7 @@ from wan_ext.condition import encode_first_frame, no_first_frame
 from wan_ext.configs import Expert, WanVariant, get_variant
 from wan_ext.image_encoder import load_image_encoder
 from wan_ext.loading import chosen_recipe, load_dit
-from wan_ext.placement import Placement, stored_recipe
+from wan_ext.placement import Placement, require_plan, stored_recipe
 from wan_ext.planning import plan_generation
 from wan_ext.quantized_files import recipe_name
 from wan_ext.text_encoder import load_text_encoder
@@ -336,6 +336,7 @@ def place_experts(
     asked = chosen_recipe(options.quantize, fp8=options.fp8_scaled)
     recipe, from_file = stored_recipe(checkpoints, asked, device=device)
     if device.type != "cuda" and options.vram is None:
+        require_plan(ram=options.ram, gpu=options.gpu)
         return Placement(device, blocks_to_swap=swap or 0), False
     card = find_card(vram=options.vram, gpu=options.gpu)
     ram_bytes = host_bytes() if options.ram is None else parse_bytes(options.ram, "--ram")

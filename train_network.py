@@ -217,7 +217,7 @@ from wan_ext.configs import Expert, WanVariant
 from wan_ext.dit import WanDiT
 from wan_ext.experts import expert_interval
 from wan_ext.loading import chosen_recipe, load_dit
-from wan_ext.placement import Placement, stored_recipe
+from wan_ext.placement import Placement, require_plan, stored_recipe
 from wan_ext.vae import load_vae
 
 SAVE_DTYPES = {"float": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -310,6 +310,8 @@ def main(options: Options) -> None:
             gpu=options.gpu,
         )
         accelerator.print(plan_table(plan) + (f"\n  note: {note}" if note else ""))
+    else:
+        require_plan(ram=options.ram, gpu=options.gpu, on_oom=None if options.on_oom == "stop" else options.on_oom)
     placement = Placement(
         device,
         plan=plan,
@@ -408,17 +410,21 @@ def main(options: Options) -> None:
 
     def make_room(step: int) -> None:
         """Device memory ran out in a step: place everything by a smaller plan, or save and stop."""
-        if plan is None:
+        if placement.plan is None:
             raise InputError(f"step {step}: device memory ran out; give --vram, and the run is planned to fit")
-        if options.on_oom == "replan":
-            smaller = placement.shrink()
-            needed = f"{smaller.vram_bytes / GB:.1f} GB instead of {plan.vram_bytes / GB:.1f}"
-            tqdm.write(f"step {step}: device memory ran out; the step is done again by a plan of {needed}")
+        needed = placement.plan.vram_bytes / GB
+        try:
+            smaller = next_smaller(placement.plan).vram_bytes / GB
+            advice = f"--vram {smaller:.2f}GB makes a smaller plan, --on_oom replan goes on by itself"
+        except InputError as none:
+            smaller, advice = None, str(none)
+        if options.on_oom == "replan" and smaller is not None:
+            placement.shrink()
+            again = f"{smaller:.1f} GB instead of {needed:.1f}"
+            tqdm.write(f"step {step}: device memory ran out; the step is done again by a plan of {again}")
             return
         save("-oom", step, with_state=True)
         state = options.output_dir / f"{options.output_name}-oom-state"
-        smaller = f"--vram {next_smaller(plan).vram_bytes / GB:.2f}GB makes a smaller plan"
-        advice = f"{smaller}, --on_oom replan goes on by itself"
         raise InputError(f"step {step}: device memory ran out; go on with --resume {state}; {advice}")
 
     if held_out:
@@ -452,6 +458,8 @@ def main(options: Options) -> None:
         unit="step",
         disable=not accelerator.is_main_process,
     )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of steps, not of loading
     last = LastStep(networks, optimizers, step=first_step, averages=averages)
     bad_steps = BadSteps()
     interrupted = options.output_dir / f"{options.output_name}-interrupted-state"
@@ -530,8 +538,7 @@ def main(options: Options) -> None:
                 epochs, rest = divmod(done, steps_per_epoch)
                 if rest == 0 and epochs % options.save_every_n_epochs == 0:
                     save(f"-{epochs:06d}", done)
-            if done == max_steps:
-                save("", max_steps)
+        save("", max_steps)
     accelerator.end_training()
 
 

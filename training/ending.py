@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from core.errors import InputError
@@ -32,7 +33,8 @@ def ending_early(last: LastStep, folder: Path, *, config: Mapping[str, object], 
         saves: whether this process does it; the others only end.
 
     Raises:
-        InputError: a device was lost; the message names the state to go on with.
+        InputError: a device was lost, or its memory ran out where no step can be repeated (in the optimizer, in a
+            validation); the message names the state to go on with.
     """
 
     def terminate(*_: object) -> None:
@@ -47,12 +49,14 @@ def ending_early(last: LastStep, folder: Path, *, config: Mapping[str, object], 
         if isinstance(end, KeyboardInterrupt):
             raise
     except Exception as error:
-        if not is_lost(error):
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        if not (out_of_memory or is_lost(error)):
             raise
         step = _save(last, folder, config) if saves else 0
+        what = "device memory ran out" if out_of_memory else "the device was lost"
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"the device was lost in step {step} ({reason}); the state before it is saved: go on with --resume {folder}"
+            f"{what} after step {step} ({reason}); the state of that step is saved: go on with --resume {folder}"
         ) from error
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -196,3 +196,16 @@ def stored_recipe(
     if recipe is not None:
         require_device(recipe, device)
     return recipe, bool(files[0])
+
+
+def require_plan(*, ram: str | None = None, gpu: str | None = None, on_oom: str | None = None) -> None:
+    """Refuse, where no plan is made, the flags that only a plan reads.
+
+    Raises:
+        InputError: one of them is given.
+    """
+    for flag, value in (("--ram", ram), ("--gpu", gpu), ("--on_oom", on_oom)):
+        if value is not None:
+            raise InputError(
+                f"{flag} {value}: does nothing without a plan, which a CPU has only with --vram; give both"
+            )

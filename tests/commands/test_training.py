@@ -146,6 +146,30 @@ def test_a_plan_is_printed_and_changes_no_result(world, capsys):
         torch.testing.assert_close(weights_of(planned)[name], weight, atol=1e-4, rtol=1e-2)
 
 
+@pytest.mark.parametrize("flags", [{"ram": "16GB"}, {"gpu": "4090"}, {"on_oom": "replan"}])
+def test_what_only_a_plan_reads_is_refused_without_one(world, flags):
+    with pytest.raises(InputError, match=f"--{next(iter(flags))} .* without a plan"):
+        world.train("unplanned", **flags)
+
+
+def test_a_state_of_the_last_step_still_gives_weights(world):
+    """A run that was ended while it saved: nothing is left to train, and the weights are."""
+    whole = world.train("whole", save_state=True)
+    again = world.train("again", resume=whole / "net-state")
+    assert_same(weights_of(whole), weights_of(again))
+
+
+def test_memory_that_runs_out_under_the_smallest_plan_still_leaves_the_state(world, monkeypatch):
+    def none(plan):
+        raise InputError("this is the smallest")
+
+    monkeypatch.setattr("train_network.next_smaller", none)
+    out_of_memory_once(monkeypatch, at_call=3)
+    with pytest.raises(InputError, match=r"step 2: .* go on with --resume .*net-oom-state; this is the smallest"):
+        world.train("stopped", **PLANNED, on_oom="replan")
+    assert (world.folder / "stopped" / "net-oom-state" / "state.json").exists()
+
+
 def test_a_plan_that_cannot_be_says_what_would_do(world):
     with pytest.raises(InputError, match=r"expected at least \d.* of device memory"):
         world.train("planned", **PLANNED | {"vram": "0.5GB"})
@@ -214,6 +238,25 @@ def test_a_run_that_is_ended_leaves_the_state_of_its_last_step(world, monkeypatc
     with monkeypatch.context() as once:
         once.setattr(WanDiT, "forward", forward)
         with pytest.raises(raises, match="resume" if raises is InputError else None) if raises else nullcontext():
+            world.train("ended")
+    resumed = world.train("ended", resume=world.folder / "ended" / "net-interrupted-state")
+    assert_same(weights_of(whole), weights_of(resumed))
+
+
+def test_memory_that_runs_out_in_the_optimizer_leaves_the_last_whole_step(world, monkeypatch):
+    whole = world.train("whole")
+    calls = []
+
+    def step(*given, **names):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory left")
+        return plain(*given, **names)
+
+    plain = torch.optim.AdamW.step
+    with monkeypatch.context() as once:
+        once.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(InputError, match="device memory ran out after step 2 .*--resume"):
             world.train("ended")
     resumed = world.train("ended", resume=world.folder / "ended" / "net-interrupted-state")
     assert_same(weights_of(whole), weights_of(resumed))
